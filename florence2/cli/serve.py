@@ -1,0 +1,120 @@
+"""Start Triton on a model repository, wait until it is ready, and run until stopped."""
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from florence2_release.server import TritonServer
+
+ENSEMBLE = "florence2"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--repository", required=True, metavar="REPO", help="the model repository to serve")
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        parser.add_argument(
+            f"--{name}-port",
+            type=int,
+            default=port,
+            metavar="PORT",
+            help=f"default {port}; 0 picks a free one",
+        )
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on, default %(default)s")
+    parser.add_argument(
+        "--profile",
+        default="cpu",
+        help="each model's configs/PROFILE.pbtxt; cpu, the default, is config.pbtxt",
+    )
+    with contextlib.suppress(argparse.ArgumentError):  # every subcommand may have it already, for tracebacks
+        parser.add_argument("--verbose", action="store_true", help="show the server's log")
+
+
+def run(args: argparse.Namespace) -> int:
+    from florence2_release.server import ServerError, TritonServer
+
+    server = TritonServer(
+        args.repository,
+        host=args.host,
+        http_port=args.http_port,
+        grpc_port=args.grpc_port,
+        metrics_port=args.metrics_port,
+        model_config_name=args.profile,
+    )
+    _stop_on_signals()
+    try:
+        server.start()
+        if args.verbose:
+            threading.Thread(target=_follow_log, args=(server,), daemon=True).start()
+        _warn_of_open_wheel(server)
+        server.wait_ready(progress=_say)
+        _say(_endpoints(server))
+        code = server.wait()
+        raise ServerError(
+            f"the server stopped by itself with code {code}; its log ends:\n{server.log_tail()}"
+        )
+    except KeyboardInterrupt:
+        _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
+        try:
+            server.stop()
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        _say("stopped")
+        return 0
+    finally:
+        server.stop()
+
+
+def _stop_on_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _follow_log(server: "TritonServer") -> None:
+    shown = 0
+    while True:
+        text = server.log_text()
+        print(text[shown:], end="", file=sys.stderr, flush=True)
+        shown = len(text)
+        time.sleep(0.5)
+
+
+def _warn_of_open_wheel(server: "TritonServer") -> None:
+    from florence2_release.server import ipv4
+
+    if (
+        server.installation
+        and server.installation.wheel
+        and not ipaddress.ip_address(ipv4(server.host)).is_loopback
+    ):
+        print(
+            f"warning: {server.host} is open to the network, and nvidia-pytriton's server is Triton 24.10, "
+            "without the security fixes since: use NVIDIA's image there",
+            file=sys.stderr,
+        )
+
+
+def _endpoints(server: "TritonServer") -> str:
+    lines = [
+        "ready",
+        f"  HTTP     {server.http_url}",
+        f"  gRPC     {server.grpc_url}",
+        f"  metrics  {server.metrics_url}",
+    ]
+    if os.path.isdir(server.repository / ENSEMBLE):
+        # Through a pipe, as an argument may have 128 KiB at most (execve(2)); curl drops the newlines.
+        body = """(printf '{"prompt": "<OD>", "image": "'; base64 < photo.jpg; printf '"}')"""
+        lines.append(f"  {body} | curl -s {server.http_url}/v2/models/{ENSEMBLE}/generate -d @-")
+    return "\n".join(lines)
