@@ -1,0 +1,218 @@
+"""What a checkpoint says beside its weights: how it decodes, sees pictures, and what it does not ground."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Florence2Config
+
+from florence2_export.layouts import Layout
+from florence2_export.source import CheckpointError, Source
+
+Refuse = Callable[[str], CheckpointError]
+
+ID_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# Microsoft's processing_florence2.py keeps the list in code, native checkpoints in processor_config.json.
+_BANNED = """
+it, I, me, mine, you, your, yours, he, him, his, she, her, hers, they, them, their, theirs, one,
+oneself, we, us, our, ours, its, myself, yourself, himself, herself, itself, ourselves, yourselves,
+themselves, this, that, these, those, who, whom, whose, which, what, all, another, any, anybody,
+anyone, anything, each, everybody, everyone, everything, few, many, nobody, none, several, some,
+somebody, someone, something, each other, one another, the image, image, images, the, a, an, a
+group, other objects, lots, a set
+"""
+MICROSOFT_BANNED_PHRASES = tuple(phrase.strip() for phrase in " ".join(_BANNED.split()).split(","))
+
+
+def true_ids(config: dict[str, Any], tokenizer_ids: dict[str, int]) -> dict[str, int]:
+    """bos, eos and pad: text_config is right where fine-tuning broke the other places."""
+    text = config["text_config"]
+    return {key: text[key] if isinstance(text.get(key), int) else tokenizer_ids[key] for key in ID_KEYS}
+
+
+def correct_ids(values: dict[str, Any], ids: dict[str, int], file: str, repairs: list[str]) -> dict[str, Any]:
+    """`values` with the true ids; an id that is not given is not a repair."""
+    wrong = {
+        key: values[key]
+        for key in ID_KEYS
+        if values.get(key) is not None and not _holds(values[key], ids[key])
+    }
+    if wrong:
+        changes = ", ".join(f"{key} {wrong[key]} replaced by {ids[key]}" for key in wrong)
+        repairs.append(f"{file}: {changes}, as text_config says")
+    kept = {key: values[key] for key in ID_KEYS if values.get(key) is not None and key not in wrong}
+    return values | ids | kept
+
+
+def _holds(value: Any, wanted: int) -> bool:
+    return value == wanted or (isinstance(value, list) and wanted in value)
+
+
+# What transformers 4.x writes into config.json for every model: there these values say nothing.
+_WRITTEN_ANYWAY: dict[str, Any] = {
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
+    "num_return_sequences": 1,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "exponential_decay_length_penalty": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "decoder_start_token_id": None,
+}
+_DECODING = ("num_beams", "no_repeat_ngram_size", "length_penalty", "early_stopping")
+
+
+def read_generation(
+    source: Source, config: dict[str, Any], ids: dict[str, int], repairs: list[str]
+) -> dict[str, Any]:
+    """generation_config.json, or config.json in its place; ids corrected, HF's defaults for the rest."""
+    file = "generation_config.json"
+    text = config["text_config"]
+    said = _said(config) | _said(text)
+    if source.has(file):
+        generation = correct_ids(source.json(file), ids, file, repairs)
+    else:
+        generation = said | ids
+        repairs.append(f"{file} is missing: decoding defaults taken from config.json's text_config")
+    generation = {key: _WRITTEN_ANYWAY[key] for key in _DECODING if generation.get(key) is None} | {
+        key: value for key, value in generation.items() if key not in _DECODING or value is not None
+    }
+    forced = {
+        "decoder_start_token_id": ids["eos_token_id"],
+        "forced_bos_token_id": ids["bos_token_id"],
+        "forced_eos_token_id": ids["eos_token_id"],
+    }
+    for key, default in forced.items():
+        if generation.get(key) is None:
+            generation[key] = said.get(key, default)
+            repairs.append(f"{file}: {key} is absent, set to {generation[key]}")
+    return generation
+
+
+def _said(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: values[key]
+        for key, anyway in _WRITTEN_ANYWAY.items()
+        if values.get(key) is not None and values[key] != anyway
+    }
+
+
+def read_banned_phrases(source: Source, layout: Layout) -> list[str]:
+    if layout == "microsoft":
+        return list(MICROSOFT_BANNED_PHRASES)
+    post_processor = source.optional_json("processor_config.json").get("post_processor_config") or {}
+    return list((post_processor.get("phrase_grounding") or {}).get("banned_grounding_tokens") or [])
+
+
+def read_preprocessor(source: Source, config: Florence2Config, repairs: list[str]) -> dict[str, Any]:
+    """The image processor's settings, all of them; refused where they ask for what is not done here."""
+    file, given = _image_processor(source)
+
+    def refuse(problem: str) -> CheckpointError:
+        return CheckpointError(f"{source.folder / file}: {problem}")
+
+    size = given.get("size")
+    if not isinstance(size, dict) or not all(isinstance(size.get(key), int) for key in ("height", "width")):
+        raise refuse(f"size is {size!r}; Florence-2 resizes to a height and a width: give both")
+    size = {"height": size["height"], "width": size["width"]}
+    for key in ("do_resize", "do_rescale", "do_normalize"):
+        if given.get(key) is False:
+            raise refuse(
+                f"{key} is false; Florence-2 pixels are resized, rescaled and normalised: set it to true"
+            )
+    if given.get("do_pad"):
+        raise refuse("do_pad is true; Florence-2 does not pad pictures: set it to false")
+    if _crops(given, size):
+        raise refuse(
+            f"do_center_crop to {given.get('crop_size')!r} after resizing to {size}: set it to false"
+        )
+    return {
+        "do_resize": True,
+        "size": size,
+        "resample": _resample(given.get("resample", 3), refuse),
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": given.get("rescale_factor") or 1 / 255,
+        "do_normalize": True,
+        "image_mean": _channels(given, "image_mean", refuse),
+        "image_std": _channels(given, "image_std", refuse),
+        "do_convert_rgb": True,
+        "image_seq_length": _image_seq_length(given, size, config, file, repairs, refuse),
+    }
+
+
+def _image_processor(source: Source) -> tuple[str, dict[str, Any]]:
+    """processor_config.json first, as transformers 5 does (ImageProcessingMixin.get_image_processor_dict)."""
+    nested = source.optional_json("processor_config.json").get("image_processor")
+    if isinstance(nested, dict):
+        return "processor_config.json", nested
+    return "preprocessor_config.json", source.json("preprocessor_config.json")
+
+
+def _crops(given: dict[str, Any], size: dict[str, int]) -> bool:
+    """A crop to the size just resized to changes nothing. CLIPImageProcessor's own default is to crop."""
+    crop = given.get("crop_size")
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    if given.get("do_center_crop") is None:
+        return crop is not None and crop != size
+    return bool(given["do_center_crop"]) and crop != size
+
+
+def _resample(value: Any, refuse: Refuse) -> int:
+    if isinstance(value, bool) or value not in range(6):
+        raise refuse(f"resample is {value!r}; expected one of Pillow's 0 to 5, 3 being bicubic")
+    return int(value)
+
+
+def _channels(given: dict[str, Any], key: str, refuse: Refuse) -> list[float]:
+    values: Any = given.get(key)
+    if not _are_three_numbers(values) or (key == "image_std" and 0 in values):
+        raise refuse(f"{key} is {values!r}; give three numbers, one per colour")
+    return [float(value) for value in values]
+
+
+def _are_three_numbers(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
+
+
+def _image_seq_length(
+    given: dict[str, Any],
+    size: dict[str, int],
+    config: Florence2Config,
+    file: str,
+    repairs: list[str],
+    refuse: Refuse,
+) -> int:
+    """Image tokens: the last stage's map, and the pooled token before it."""
+    vision: Any = config.vision_config
+    grid = [size["height"], size["width"]]
+    for kernel, stride, padding in zip(
+        vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True
+    ):
+        grid = [(side + 2 * padding - kernel) // stride + 1 for side in grid]
+    if not all(0 < side <= vision.max_position_embeddings for side in grid):
+        raise refuse(
+            f"size {size} gives {grid[0]} x {grid[1]} image tokens; "
+            f"the model has positions for 1 to {vision.max_position_embeddings} a side"
+        )
+    length = grid[0] * grid[1] + 1
+    stated = given.get("image_seq_length")
+    if stated is not None and stated != length:
+        repairs.append(f"{file}: image_seq_length {stated} replaced by {length}, which is what {size} gives")
+    return length

@@ -1,0 +1,306 @@
+"""A checkpoint's weights: named at once, read one tensor at a time, put into transformers' native class."""
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import Florence2Config, Florence2ForConditionalGeneration
+
+from florence2_export.layouts import (
+    EMBEDDING_COPIES,
+    IMAGE_PROJECTION,
+    LM_HEAD,
+    LOGITS_BIAS,
+    SHARED,
+    TEMPORAL,
+    Layout,
+    find_layout,
+    name_in,
+)
+from florence2_export.source import BIN, SAFETENSORS, CheckpointError, Source, one_line
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+class Weights:
+    """Tensors by their native names, whatever the checkpoint calls them."""
+
+    def __init__(self, entries: dict[str, _Entry], where: Path):
+        self.entries = entries
+        self.where = where
+        self.layout: Layout = find_layout(entries, str(where))
+        self.read_names: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name_in(self.layout, name) in self.entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        shape = self.entries[name_in(self.layout, name)].shape
+        return shape[::-1] if self._is_transposed(name) else shape
+
+    def read(self, name: str) -> Tensor:
+        """A float32 copy, independent of the file."""
+        original = name_in(self.layout, name)
+        self.read_names.add(original)
+        tensor = self._raw(original)
+        if not tensor.is_floating_point():
+            entry = self.entries[original]
+            raise CheckpointError(
+                f"{entry.file}: {original} is {tensor.dtype}; save it as float32, float16 or bfloat16"
+            )
+        if self._is_transposed(name):
+            tensor = tensor.T
+        # contiguous() first: a transposed copy would keep its strides.
+        return tensor.contiguous().to(torch.float32, copy=True)
+
+    def ignore_zeros(self, original: str) -> None:
+        if original in self.entries:
+            self.read_names.add(original)
+            if torch.any(self._raw(original) != 0):
+                file = self.entries[original].file
+                raise CheckpointError(
+                    f"{file}: {original} is not zero, and Florence-2 in transformers adds no such bias"
+                )
+
+    def refuse_unread(self) -> None:
+        surplus = sorted(set(self.entries) - self.read_names)
+        if surplus:
+            file = self.entries[surplus[0]].file
+            more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+            raise CheckpointError(
+                f"{file}: surplus tensor {surplus[0]}{more}: Florence-2 has no such tensor; save without"
+            )
+
+    def missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.where}: tensor {name_in(self.layout, name)} is missing; save the whole model again"
+        )
+
+    def wrong_shape(self, name: str, expected: tuple[int, ...]) -> CheckpointError:
+        original = name_in(self.layout, name)
+        entry = self.entries[original]
+        wanted = expected[::-1] if self._is_transposed(name) else expected
+        found = f"has shape {list(entry.shape)} where config.json gives {list(wanted)}"
+        return CheckpointError(f"{entry.file}: {original} {found}; the two must come from the same model")
+
+    def _raw(self, original: str) -> Tensor:
+        entry = self.entries[original]
+        try:
+            return entry.read()
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{entry.file}: {original} cannot be read ({one_line(error)}); get it again"
+            ) from error
+
+    def _is_transposed(self, name: str) -> bool:
+        return self.layout == "microsoft" and name == IMAGE_PROJECTION
+
+
+def open_weights(source: Source) -> Weights:
+    """Safetensors where there are any, else PyTorch's pickles: the order in which transformers looks."""
+    for patterns, entries_of in ((SAFETENSORS, _safetensors), (BIN, _bin)):
+        source.fetch(patterns)
+        single, index = patterns[:2]
+        if source.has(single):
+            path = source.path(single)
+            return Weights(entries_of(path), path)
+        if source.has(index):
+            return _open_shards(source, index, entries_of)
+    if source.has("adapter_config.json"):
+        raise adapter_error(source)
+    raise CheckpointError(
+        f"{source.folder}: no weights; expected one of {', '.join(SAFETENSORS[:2] + BIN[:2])}"
+    )
+
+
+def adapter_error(source: Source) -> CheckpointError:
+    base = source.json("adapter_config.json").get("base_model_name_or_path") or "its base model"
+    path = source.folder / "adapter_config.json"
+    return CheckpointError(
+        f"{path}: a LoRA adapter without model weights; merge it into {base} first and give the result"
+    )
+
+
+def _open_shards(source: Source, index: str, entries_of: Callable[[Path], dict[str, _Entry]]) -> Weights:
+    weight_map = source.json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{source.folder / index} has no weight_map; get it again")
+    entries: dict[str, _Entry] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(
+                f"{source.folder / index} names {shard!r}, which is outside the checkpoint's folder"
+            )
+        if not source.has(shard):
+            raise CheckpointError(f"{source.folder / shard} is missing, and {index} names it; get it again")
+        entries |= entries_of(source.path(shard))
+    for name, shard in weight_map.items():
+        if name not in entries:
+            raise CheckpointError(
+                f"{source.folder / shard}: tensor {name} is missing, and {index} names it; get it again"
+            )
+    return Weights(entries, source.folder / index)
+
+
+def _safetensors(path: Path) -> dict[str, _Entry]:
+    try:
+        file = safe_open(path, framework="pt")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({one_line(error)}); get it again") from error
+
+    def reader(name: str) -> Callable[[], Tensor]:
+        return lambda: file.get_tensor(name)
+
+    return {name: _Entry(path, shape, reader(name)) for name, shape in shapes.items()}
+
+
+def _bin(path: Path) -> dict[str, _Entry]:
+    content = _unpickle(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not tensors by name; save model.state_dict()"
+        )
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: {name} is a {type(value).__name__}, not a tensor; save model.state_dict()"
+            )
+
+    def reader(tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor
+
+    return {name: _Entry(path, tuple(tensor.shape), reader(tensor)) for name, tensor in content.items()}
+
+
+def _unpickle(path: Path) -> object:
+    with path.open("rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    try:
+        # mmap keeps a second copy out of memory; PyTorch has it for its zip format only.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error):
+            raise CheckpointError(
+                f"{path} holds Python objects beside weights, and unpickling them could run code: refused; "
+                "save the model as model.safetensors"
+            ) from error
+        raise CheckpointError(f"{path} is damaged or cut short; get it again") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({one_line(error)}); get it again") from error
+
+
+def native_model(
+    config: Florence2Config, weights: Weights, declared_tied: bool | None, repairs: list[str]
+) -> Florence2ForConditionalGeneration:
+    """The native class with the checkpoint's tensors: on the CPU, float32, for inference.
+
+    `declared_tied` is what config.json says of the head; the tensors decide. On the meta device first:
+    the weights are then held once.
+    """
+    head_is_own = _head_is_own(weights, declared_tied, repairs)
+    config.tie_word_embeddings = not head_is_own
+    try:
+        with torch.device("meta"):
+            model = Florence2ForConditionalGeneration(config)
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            f"config.json: no such Florence-2 can be built ({one_line(error)}); correct it"
+        ) from error
+    model.load_state_dict(_state(model, weights, head_is_own), assign=True)
+    _tie(model, head_is_own)
+    return model.eval().requires_grad_(False)
+
+
+def _state(
+    model: Florence2ForConditionalGeneration, weights: Weights, head_is_own: bool
+) -> dict[str, Tensor]:
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    table = _table(weights)
+    state = {}
+    for name, shape in wanted.items():
+        source = (
+            table if name in (SHARED, *EMBEDDING_COPIES) or (name == LM_HEAD and not head_is_own) else name
+        )
+        if source == table and name != SHARED:
+            continue
+        if name == TEMPORAL and not weights.has(name):
+            state[name] = _temporal_embedding(model)
+            continue
+        if not weights.has(source):
+            raise weights.missing(source)
+        if weights.shape(source) != shape:
+            raise weights.wrong_shape(source, shape)
+        state[name] = weights.read(source)
+    for name in (SHARED, *EMBEDDING_COPIES, *([] if head_is_own else [LM_HEAD])):
+        _check_copy(weights, name, table)
+        state[name] = state[SHARED]
+    for original in LOGITS_BIAS:
+        weights.ignore_zeros(original)
+    weights.refuse_unread()
+    return state
+
+
+def _table(weights: Weights) -> str:
+    """One name of the tied embedding; safetensors keeps only one of them, not always `shared`."""
+    return next((name for name in (SHARED, *EMBEDDING_COPIES, LM_HEAD) if weights.has(name)), SHARED)
+
+
+def _check_copy(weights: Weights, name: str, table: str) -> None:
+    if name == table or not weights.has(name):
+        return
+    if weights.shape(name) != weights.shape(table):
+        raise weights.wrong_shape(name, weights.shape(table))
+    if not torch.equal(weights.read(name), weights.read(table)):
+        entry, original = weights.entries[name_in(weights.layout, name)], name_in(weights.layout, name)
+        raise CheckpointError(
+            f"{entry.file}: {original} differs from {name_in(weights.layout, table)}, but they are one; "
+            "save the model with its embeddings tied"
+        )
+
+
+def _head_is_own(weights: Weights, declared_tied: bool | None, repairs: list[str]) -> bool:
+    """Whether lm_head holds other values than the embedding, as a LoRA merged into a tied head leaves it."""
+    table = _table(weights)
+    if not weights.has(LM_HEAD):
+        if declared_tied is False:
+            raise weights.missing(LM_HEAD)
+        return False
+    if table == LM_HEAD:
+        if declared_tied is False:
+            raise weights.missing(SHARED)
+        return False
+    if weights.shape(LM_HEAD) == weights.shape(table) and torch.equal(
+        weights.read(LM_HEAD), weights.read(table)
+    ):
+        return False
+    if declared_tied is not False:
+        head = name_in(weights.layout, LM_HEAD)
+        repairs.append(
+            f"config.json: tie_word_embeddings set to false, because {head} differs from the embedding"
+        )
+    return True
+
+
+def _temporal_embedding(model: Florence2ForConditionalGeneration) -> Tensor:
+    on_meta: nn.Module = model.model.multi_modal_projector.visual_temporal_embed
+    return type(on_meta)(model.config).get_buffer("pos_idx_to_embed")
+
+
+def _tie(model: Florence2ForConditionalGeneration, head_is_own: bool) -> None:
+    # By hand: load_state_dict(assign=True) makes a parameter of each name, and which of them tie_weights()
+    # joins depends on the version of transformers.
+    language = model.model.language_model
+    language.encoder.embed_tokens.weight = language.shared.weight
+    language.decoder.embed_tokens.weight = language.shared.weight
+    if not head_is_own:
+        model.lm_head.weight = language.shared.weight
