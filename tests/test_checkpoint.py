@@ -221,6 +221,10 @@ def bin_file(folder: Path, state: make.State) -> None:
     torch.save(state, folder / "pytorch_model.bin")
 
 
+def bin_file_of_parameters(folder: Path, state: make.State) -> None:
+    bin_file(folder, {name: torch.nn.Parameter(tensor) for name, tensor in state.items()})
+
+
 def legacy_bin_file(folder: Path, state: make.State) -> None:
     torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
 
@@ -229,7 +233,9 @@ def sharded_bin(folder: Path, state: make.State) -> None:
     make.write_sharded(folder, state, "bin")
 
 
-@pytest.mark.parametrize("write", [make.write_sharded, bin_file, legacy_bin_file, sharded_bin])
+@pytest.mark.parametrize(
+    "write", [make.write_sharded, bin_file, bin_file_of_parameters, legacy_bin_file, sharded_bin]
+)
 @pytest.mark.parametrize("layout", ["microsoft", "native"])
 @pytest.mark.parametrize("tied_copies", [True, False])
 def test_weight_files(
@@ -543,6 +549,27 @@ def test_breakage_is_repaired_and_named(
         assert {key: getattr(part, key) for key in make.IDS} == make.IDS
 
 
+def test_auto_map_of_a_tokenizer_is_a_list(microsoft: Path) -> None:
+    classes = ["someone/florence--tokenization.Slow", None]
+    make.write_json(microsoft / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": classes}})
+    expected = (
+        "tokenizer_config.json: auto_map points to code in someone/florence; ignored, no remote code is run"
+    )
+    assert load_checkpoint(str(microsoft)).repairs == [expected]
+
+
+def test_ids_come_from_the_tokenizer_where_the_text_config_has_none(microsoft: Path, wanted: Tensor) -> None:
+    make.edit_json(
+        microsoft / "config.json", lambda config: [config["text_config"].pop(key) for key in make.IDS]
+    )
+    make.edit_json(microsoft / "generation_config.json", wrong_ids)
+    checkpoint = load_checkpoint(str(microsoft))
+    assert same(checkpoint, wanted)
+    repair = REPLACED.replace("text_config", "the tokenizer")
+    assert checkpoint.repairs == [f"generation_config.json: {repair}"]
+    assert checkpoint.generation == {**make.GENERATION, "length_penalty": 1.0}
+
+
 def test_all_of_it_at_once(microsoft: Path, wanted: Tensor) -> None:
     make.edit_json(microsoft / "config.json", auto_map)
     make.edit_json(microsoft / "config.json", vision_type(""))
@@ -764,7 +791,10 @@ def test_adapter_must_be_merged(microsoft: Path, with_config: bool) -> None:
         ),
         (lambda config: config.update(quantization_config={"load_in_4bit": True}), ["quantised"]),
         (text(d_model="wide"), ["d_model"]),
-        (lambda config: config["vision_config"].update(num_heads=[2, 2]), ["num_heads"]),
+        (lambda config: config["vision_config"].update(num_heads=[2, 2]), ["'num_heads': 2", "'depths': 4"]),
+        (lambda config: config["vision_config"].update(patch_size=[7, 3, 3]), ["'patch_size': 3"]),
+        (lambda config: config["vision_config"].update(image_pos_embed="learned"), ["image_pos_embed"]),
+        (text(encoder_attention_heads=3), ["3"]),
     ],
 )
 def test_config_that_is_not_florence2(microsoft: Path, change: Change, words: list[str]) -> None:
@@ -792,6 +822,15 @@ def test_tokenizer_missing_or_damaged(microsoft: Path) -> None:
     refused(microsoft, "tokenizer.json", "damaged")
     (microsoft / "tokenizer.json").unlink()
     refused(microsoft, "no tokenizer", "tokenizer.json", "vocab.json", "merges.txt")
+
+
+@pytest.mark.parametrize("content", [{"<od>": "first"}, {"<od>": None}])
+def test_added_tokens_that_are_none(microsoft: Path, content: dict[str, Any]) -> None:
+    make.write_json(microsoft / "added_tokens.json", content)
+    refused(microsoft, "added_tokens.json", "added tokens")
+    (microsoft / "added_tokens.json").unlink()
+    make.write_json(microsoft / "tokenizer_config.json", {"added_tokens_decoder": content})
+    refused(microsoft, "tokenizer_config.json", "added tokens")
 
 
 def test_added_token_with_an_id_that_cannot_be(microsoft: Path) -> None:

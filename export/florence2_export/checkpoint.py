@@ -1,6 +1,8 @@
 """Every Florence-2 checkpoint that users have, as transformers' native class. No remote code is ever run."""
 
+import json
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +61,7 @@ def load_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     config = _read_config(files, repairs)
     tokenizer = load_tokenizer(files)
     ids = true_ids(config, special_ids(tokenizer))
-    config = correct_ids(config, ids, "config.json", repairs)
+    config = correct_ids(config, ids, config["text_config"], "config.json", repairs)
     generation = read_generation(files, config, ids, repairs)
     native = native_config(config, ids, str(files.folder / "config.json"))
     preprocessor = read_preprocessor(files, native, repairs)
@@ -115,8 +117,9 @@ def _note_auto_maps(files: Source, repairs: list[str]) -> None:
     for name in SETTINGS:
         if not name.endswith("config.json") or not files.has(name):
             continue
-        targets = [str(target) for target in (files.json(name).get("auto_map") or {}).values()]
-        elsewhere = sorted({target.split("--")[0] for target in targets if "--" in target})
+        # A class, or a tokenizer's slow and fast ones.
+        targets = re.findall(r'"([^"]*)--[^"]*"', json.dumps(files.json(name).get("auto_map")))
+        elsewhere = sorted(set(targets))
         if elsewhere:
             repairs.append(
                 f"{name}: auto_map points to code in {', '.join(elsewhere)}; ignored, no remote code is run"

@@ -93,13 +93,17 @@ def native_config(config: dict[str, Any], ids: dict[str, Any], file: str) -> Flo
     _check_supported(text, vision, file)
     text_fields = _present(text, _REQUIRED_TEXT + _OPTIONAL_TEXT)
     try:
-        return Florence2Config(
+        native = Florence2Config(
             text_config=BartConfig(**text_fields | _CONSTANT_TEXT | ids),
             vision_config=Florence2VisionConfig(**_vision_fields(vision)),
             **ids,
         )
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: {one_line(error)}; correct it there") from error
+    stages = {name: len(getattr(native.vision_config, name)) for name in _PER_STAGE}
+    if len(set(stages.values())) != 1:
+        raise CheckpointError(f"{file}: vision_config's lists differ in length: {stages}; one entry a stage")
+    return native
 
 
 _REQUIRED_TEXT = (
@@ -151,6 +155,18 @@ _VISION = (
 )
 
 
+_PER_STAGE = (
+    "embed_dim",
+    "depths",
+    "patch_size",
+    "patch_stride",
+    "patch_padding",
+    "patch_prenorm",
+    "num_heads",
+    "num_groups",
+)
+
+
 def _present(values: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: values[name] for name in names if values.get(name) is not None}
 
@@ -188,7 +204,7 @@ def _check_supported(text: dict[str, Any], vision: dict[str, Any], file: str) ->
         for key, allowed in _SUPPORTED[part].items():
             value: Any = values
             for step in key.split("."):
-                value = value.get(step) if isinstance(value, dict) else None
+                value = value.get(step) if isinstance(value, dict) else value
             if value not in allowed:
                 raise CheckpointError(
                     f"{file}: {part}.{key} is {value!r}, which is not Florence-2; expected {allowed[0]!r}"

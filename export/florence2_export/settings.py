@@ -25,12 +25,14 @@ MICROSOFT_BANNED_PHRASES = tuple(phrase.strip() for phrase in " ".join(_BANNED.s
 
 
 def true_ids(config: dict[str, Any], tokenizer_ids: dict[str, int]) -> dict[str, int]:
-    """bos, eos and pad: text_config is right where fine-tuning broke the other places."""
+    """bos, eos and pad: text_config is right where fine-tuning broke the others; else the tokenizer's."""
     text = config["text_config"]
     return {key: text[key] if isinstance(text.get(key), int) else tokenizer_ids[key] for key in ID_KEYS}
 
 
-def correct_ids(values: dict[str, Any], ids: dict[str, int], file: str, repairs: list[str]) -> dict[str, Any]:
+def correct_ids(
+    values: dict[str, Any], ids: dict[str, int], text: dict[str, Any], file: str, repairs: list[str]
+) -> dict[str, Any]:
     """`values` with the true ids; an id that is not given is not a repair."""
     wrong = {
         key: values[key]
@@ -39,7 +41,8 @@ def correct_ids(values: dict[str, Any], ids: dict[str, int], file: str, repairs:
     }
     if wrong:
         changes = ", ".join(f"{key} {wrong[key]} replaced by {ids[key]}" for key in wrong)
-        repairs.append(f"{file}: {changes}, as text_config says")
+        authority = "text_config" if all(key in text for key in wrong) else "the tokenizer"
+        repairs.append(f"{file}: {changes}, as {authority} says")
     kept = {key: values[key] for key in ID_KEYS if values.get(key) is not None and key not in wrong}
     return values | ids | kept
 
@@ -85,7 +88,7 @@ def read_generation(
     text = config["text_config"]
     said = _said(config) | _said(text)
     if source.has(file):
-        generation = correct_ids(source.json(file), ids, file, repairs)
+        generation = correct_ids(source.json(file), ids, text, file, repairs)
     else:
         generation = said | ids
         repairs.append(f"{file} is missing: decoding defaults taken from config.json's text_config")

@@ -1,6 +1,6 @@
 """A checkpoint's tokenizer, completed with the tokens that Florence-2's processor adds."""
 
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -77,29 +77,31 @@ def _from_vocabulary(source: Source) -> Tokenizer:
 
 def _add_declared(tokenizer: Tokenizer, source: Source) -> None:
     """Tokens that transformers keeps beside the vocabulary, with ids that must come out as given."""
-    declared: dict[str, int] = dict(source.optional_json("added_tokens.json"))
-    file = "added_tokens.json"
-    for index, token in (
-        source.optional_json("tokenizer_config.json").get("added_tokens_decoder") or {}
-    ).items():
-        if _content(token) not in declared:
-            declared[_content(token)] = int(index)
-            file = "tokenizer_config.json"
-    for token, index in sorted(declared.items(), key=lambda item: item[1]):
-        _add_missing(tokenizer, (token,))
-        if tokenizer.token_to_id(token) != index:
-            found = tokenizer.token_to_id(token)
-            raise CheckpointError(
-                f"{source.folder / file}: {token} has id {index}, but the vocabulary gives it {found}; "
-                "copy the tokenizer from the checkpoint's base model"
-            )
+    for file, declared in _declared(source):
+        _add_missing(tokenizer, sorted(declared, key=declared.__getitem__))
+        vocabulary = tokenizer.get_vocab()
+        for token, index in declared.items():
+            if vocabulary[token] != index:
+                raise CheckpointError(
+                    f"{source.folder / file}: {token} has id {index}, but the vocabulary gives it "
+                    f"{vocabulary[token]}; copy the tokenizer from the checkpoint's base model"
+                )
 
 
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, dict) else str(token)
+def _declared(source: Source) -> Iterator[tuple[str, dict[str, int]]]:
+    for file in ("added_tokens.json", "tokenizer_config.json"):
+        content = source.optional_json(file)
+        try:
+            if file == "tokenizer_config.json":
+                by_id = content.get("added_tokens_decoder") or {}
+                content = {token["content"]: index for index, token in by_id.items()}
+            yield file, {token: int(index) for token, index in content.items()}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = f"its added tokens are not tokens with ids ({one_line(error)})"
+            raise CheckpointError(f"{source.folder / file}: {problem}; get it again") from error
 
 
-def _add_missing(tokenizer: Tokenizer, tokens: tuple[str, ...]) -> None:
+def _add_missing(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
     # A token of the vocabulary that is not an added one would be cut into pieces; adding keeps its id.
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     missing = [AddedToken(token, normalized=False, special=True) for token in tokens if token not in added]

@@ -60,7 +60,7 @@ class Weights:
         if self._is_transposed(name):
             tensor = tensor.T
         # contiguous() first: a transposed copy would keep its strides.
-        return tensor.contiguous().to(torch.float32, copy=True)
+        return tensor.detach().contiguous().to(torch.float32, copy=True)
 
     def ignore_zeros(self, original: str) -> None:
         if original in self.entries:
