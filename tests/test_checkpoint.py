@@ -180,6 +180,24 @@ def test_native_layout(
     assert checkpoint.preprocessor["size"] == {"height": make.SIDE, "width": make.SIDE}
 
 
+def test_native_config_with_what_the_converter_left_in_it(
+    model: Florence2ForConditionalGeneration, native: Path, wanted: Tensor
+) -> None:
+    """transformers' converter passes Microsoft's whole dictionaries on."""
+    left = make.microsoft_config(model)
+
+    def mix(config: dict[str, Any]) -> None:
+        config["torch_dtype"] = "float16"
+        for part in ("text_config", "vision_config"):
+            config[part] = left[part] | config[part]
+        config["vision_config"]["dim_embed"] = [1, 1, 1, 1]
+
+    make.edit_json(native / "config.json", mix)
+    checkpoint = load_checkpoint(str(native))
+    assert same(checkpoint, wanted)
+    assert checkpoint.repairs == []
+
+
 def test_processor_as_transformers_saves_it(native: Path, wanted: Tensor) -> None:
     from transformers import PreTrainedTokenizerFast
 
