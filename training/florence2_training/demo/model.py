@@ -111,7 +111,7 @@ def initialise(tokenizer, seed: int) -> Florence2ForConditionalGeneration:
 
 @torch.no_grad()
 def _fan_in(module: nn.Module) -> None:
-    """Unit variance through every layer; at these widths transformers' 0.02 is too small for anything to be learned."""
+    """Unit variance through every layer; at these widths transformers' 0.02 is too small to learn from."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         if module.bias is not None:
@@ -121,14 +121,14 @@ def _fan_in(module: nn.Module) -> None:
 
 
 def _fourier(count: int, width: int) -> torch.Tensor:
-    """[count, width] of unit variance: neighbouring locations start as neighbours, in the embedding and in the tied head."""
+    """[count, width] of unit variance: neighbouring locations start as neighbours, also in the tied head."""
     frequencies = 0.5 * 2.0 ** torch.linspace(0, 7, width // 2)
     angles = 2 * np.pi * torch.arange(count)[:, None] / count * frequencies
     return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def save(model: Florence2ForConditionalGeneration, folder: Path) -> None:
-    """Native layout in half precision. `model` itself is rounded to what is saved and stays in single precision."""
+    """Native layout in half precision; `model` itself is rounded to what is saved."""
     model.half().save_pretrained(folder)
     model.float()
     (folder / "model.safetensors").chmod(0o644)

@@ -1,4 +1,4 @@
-"""The demo's tokenizer: a byte-level BPE with Florence-2's special tokens, in the order of Florence-2's ids."""
+"""The demo's tokenizer: a byte-level BPE with Florence-2's special tokens, in the order of its ids."""
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import RobertaTokenizer
@@ -39,7 +39,7 @@ VOCABULARY_MULTIPLE = 64
 
 
 def build() -> RobertaTokenizer:
-    """Every word of the demo is one token, at the start of a text and after a space; letters of words to read are single."""
+    """Every word of the demo is one token, with and without a space before; capitals stay single letters."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
