@@ -1,0 +1,246 @@
+"""The torch modules that become the three ONNX graphs: vision encoder, encoder, decoder.
+
+They hold the layers of transformers' `Florence2ForConditionalGeneration` and run them in the order of its code, with
+attention spelled out in plain operators. Names of caches are optimum's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from florence2.manifest import Sizes
+
+CANDIDATES = 16
+"""Continuations the decoder returns per beam: beam search looks at 2 x num_beams of them (HF's `beams_to_keep` with one
+end token), and num_beams goes up to 8. All of them can stem from one beam, so every beam gives that many."""
+
+
+class VisionEncoder(nn.Module):
+    """`pixels` u8 [B, H, W, 3], resized, RGB -> `image_features` [B, N, D]."""
+
+    def __init__(self, model: nn.Module, preprocessor: dict[str, Any]) -> None:
+        super().__init__()
+        self.vision_tower = model.model.vision_tower
+        self.projector = model.model.multi_modal_projector
+        # (x * rescale - mean) / std as one multiply and one add per channel.
+        rescale = preprocessor["rescale_factor"] if preprocessor.get("do_rescale", True) else 1.0
+        mean, std = [0.0] * 3, [1.0] * 3
+        if preprocessor.get("do_normalize", True):
+            mean, std = preprocessor["image_mean"], preprocessor["image_std"]
+        self.register_buffer("scale", torch.tensor([rescale / s for s in std]))
+        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        normalised = pixels.to(self.scale.dtype) * self.scale + self.shift
+        hidden = normalised.permute(0, 3, 1, 2)
+        # Not vision_tower(...): its decorators record outputs, which torch.export can't follow.
+        for conv, blocks in zip(self.vision_tower.convs, self.vision_tower.blocks, strict=True):
+            hidden = conv(hidden)
+            for block in blocks:
+                hidden = block(hidden)
+        return self.projector(hidden)
+
+
+class Encoder(nn.Module):
+    """Image features and prompt -> the keys and values that every decoder layer attends to.
+
+    `image_features` [B, N, D], `input_ids` i64 [B, S], `attention_mask` i64 [B, S] (0 on padding) ->
+    per decoder layer key and value [B, heads, N + S, head_dim], `encoder_attention_mask` i64 [B, N + S].
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        language_model = model.model.language_model
+        self.encoder = language_model.encoder
+        self.cross = nn.ModuleList(layer.encoder_attn for layer in language_model.decoder.layers)
+
+    def forward(self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        encoder = self.encoder
+        image_mask = attention_mask.new_ones(image_features.shape[:2])
+        mask = torch.cat([image_mask, attention_mask], dim=1)
+        embedded = torch.cat([image_features, encoder.embed_tokens(input_ids)], dim=1)
+        hidden = encoder.layernorm_embedding(embedded + _positions(encoder, torch.arange(embedded.shape[1])))
+        bias = _bias(mask[:, None, None, :] != 0, hidden.dtype)
+        for layer in encoder.layers:
+            attention = layer.self_attn
+            query, key, value = (
+                _split(projection(hidden), attention.num_heads)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            attended = attention.out_proj(_attend(query * attention.scaling, key, value, bias))
+            hidden = layer.self_attn_layer_norm(hidden + attended)
+            hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
+        caches = []
+        for attention in self.cross:
+            caches.append(_split(attention.k_proj(hidden), attention.num_heads))
+            caches.append(_split(attention.v_proj(hidden), attention.num_heads))
+        return [*caches, mask]
+
+
+class Decoder(nn.Module):
+    """One step of every beam of every request; R = B x num_beams rows, row r belongs to request r // num_beams.
+
+    `input_ids` i64 [B, num_beams]: the last token of each beam. `positions` i64 [B, num_beams]: how many tokens stand before
+    it; a row's cache entries are right-aligned, so its last `positions` ones are read. `beam_indices` i64 [R]: the row whose
+    cache each row continues. `banned_token_ids` i64 [B, num_beams, M]: tokens that may not come next, -1 pads.
+    Self-attention caches [R, heads, T, head_dim]; cross-attention caches [B, heads, S, head_dim], once per request: its
+    beams are the query length of cross-attention.
+    -> `candidate_ids` i64 and `candidate_logprobs` f32 [B, num_beams, CANDIDATES], best first; caches [R, heads, T + 1, head_dim].
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.decoder = model.model.language_model.decoder
+        self.lm_head = model.lm_head
+        self.candidates = min(CANDIDATES, model.lm_head.out_features)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        beam_indices: Tensor,
+        banned_token_ids: Tensor,
+        encoder_attention_mask: Tensor,
+        past: list[Tensor],
+        cross: list[Tensor],
+    ) -> list[Tensor]:
+        decoder, (requests, beams) = self.decoder, input_ids.shape
+        hidden = decoder.layernorm_embedding(decoder.embed_tokens(input_ids) + _positions(decoder, positions))
+        past_length = past[0].shape[2]
+        age = past_length - torch.arange(past_length + 1)
+        self_bias = _bias(age <= positions.reshape(-1, 1, 1, 1), hidden.dtype)
+        cross_bias = _bias(encoder_attention_mask[:, None, None, :] != 0, hidden.dtype)
+        present = []
+        for i, layer in enumerate(decoder.layers):
+            rows = hidden.reshape(requests * beams, 1, -1)
+            attention = layer.self_attn
+            query, key, value = (
+                _split(projection(rows), attention.num_heads)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            key = torch.cat([past[2 * i].index_select(0, beam_indices), key], dim=2)
+            value = torch.cat([past[2 * i + 1].index_select(0, beam_indices), value], dim=2)
+            present += [key, value]
+            attended = attention.out_proj(_attend(query * attention.scaling, key, value, self_bias))
+            hidden = layer.self_attn_layer_norm(hidden + attended.reshape(requests, beams, -1))
+            attention = layer.encoder_attn
+            query = _split(attention.q_proj(hidden), attention.num_heads)
+            attended = _attend(query * attention.scaling, cross[2 * i], cross[2 * i + 1], cross_bias)
+            hidden = layer.encoder_attn_layer_norm(hidden + attention.out_proj(attended))
+            hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
+        logprobs = torch.log_softmax(self.lm_head(hidden).float(), dim=-1)
+        bans = torch.where(banned_token_ids < 0, 0.0, -torch.inf)
+        logprobs = logprobs.scatter_add(-1, banned_token_ids.clamp(min=0), bans)
+        best = logprobs.topk(self.candidates, dim=-1)
+        return [best.indices, best.values, *present]
+
+
+def _split(hidden: Tensor, heads: int) -> Tensor:
+    batch, length, width = hidden.shape
+    return hidden.reshape(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Softmax attention, [B, heads, Q, head_dim] x [B, heads, K, head_dim] -> [B, Q, heads * head_dim]."""
+    weights = torch.softmax(query @ key.transpose(2, 3) + bias, dim=-1)
+    return (weights @ value).transpose(1, 2).flatten(2)
+
+
+def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def _positions(stack: nn.Module, positions: Tensor) -> Tensor:
+    # BART's learned positions start at row 2 (BartLearnedPositionalEmbedding.offset).
+    table = stack.embed_positions
+    return nn.functional.embedding(positions + table.offset, table.weight)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What `torch.onnx.export` needs to know of one graph: the module, an example, the names, which dimensions vary."""
+
+    name: str
+    build: Callable[[nn.Module, dict[str, Any]], nn.Module]
+    example: Callable[[Sizes], tuple]
+    dynamic_shapes: Callable[[Sizes], tuple]
+    input_names: Callable[[Sizes], list[str]]
+    output_names: Callable[[Sizes], list[str]]
+
+
+def _cache_names(sizes: Sizes, direction: str, kind: str) -> list[str]:
+    return [
+        f"{direction}.{layer}.{kind}.{part}" for layer in range(sizes.decoder_layers) for part in ("key", "value")
+    ]
+
+
+def _decoder_example(sizes: Sizes) -> tuple:
+    requests, beams, past, encoder_length = 2, 3, 5, 7
+    cache = (sizes.decoder_attention_heads, past, sizes.head_dim)
+    cross = (sizes.decoder_attention_heads, encoder_length, sizes.head_dim)
+    return (
+        torch.ones(requests, beams, dtype=torch.int64),
+        torch.full((requests, beams), past, dtype=torch.int64),
+        torch.arange(requests * beams),
+        torch.full((requests, beams, 2), -1, dtype=torch.int64),
+        torch.ones(requests, encoder_length, dtype=torch.int64),
+        [torch.zeros(requests * beams, *cache) for _ in range(2 * sizes.decoder_layers)],
+        [torch.zeros(requests, *cross) for _ in range(2 * sizes.decoder_layers)],
+    )
+
+
+def _decoder_shapes(sizes: Sizes) -> tuple:
+    batch, beams, banned = Dim("batch"), Dim("num_beams"), Dim("banned")
+    past, encoder_length, caches = Dim("past_length"), Dim("encoder_length"), 2 * sizes.decoder_layers
+    return (
+        {0: batch, 1: beams},
+        {0: batch, 1: beams},
+        {0: Dim.AUTO},
+        {0: batch, 1: beams, 2: banned},
+        {0: batch, 1: encoder_length},
+        [{0: Dim.AUTO, 2: past}] * caches,
+        [{0: batch, 2: encoder_length}] * caches,
+    )
+
+
+VISION_ENCODER = Graph(
+    name="vision_encoder",
+    build=VisionEncoder,
+    example=lambda s: (torch.zeros(2, s.image_height, s.image_width, 3, dtype=torch.uint8),),
+    dynamic_shapes=lambda s: ({0: Dim("batch")},),
+    input_names=lambda s: ["pixels"],
+    output_names=lambda s: ["image_features"],
+)
+ENCODER = Graph(
+    name="encoder",
+    build=lambda model, _: Encoder(model),
+    example=lambda s: (
+        torch.zeros(2, s.image_tokens, s.d_model),
+        torch.ones(2, 8, dtype=torch.int64),
+        torch.ones(2, 8, dtype=torch.int64),
+    ),
+    dynamic_shapes=lambda s: (
+        {0: Dim("batch")},
+        {0: Dim("batch"), 1: Dim("prompt_length")},
+        {0: Dim("batch"), 1: Dim("prompt_length")},
+    ),
+    input_names=lambda s: ["image_features", "input_ids", "attention_mask"],
+    output_names=lambda s: [*_cache_names(s, "present", "encoder"), "encoder_attention_mask"],
+)
+DECODER = Graph(
+    name="decoder",
+    build=lambda model, _: Decoder(model),
+    example=_decoder_example,
+    dynamic_shapes=_decoder_shapes,
+    input_names=lambda s: [
+        *("input_ids", "positions", "beam_indices", "banned_token_ids", "encoder_attention_mask"),
+        *_cache_names(s, "past_key_values", "decoder"),
+        *_cache_names(s, "past_key_values", "encoder"),
+    ],
+    output_names=lambda s: ["candidate_ids", "candidate_logprobs", *_cache_names(s, "present", "decoder")],
+)
+GRAPHS = (VISION_ENCODER, ENCODER, DECODER)
