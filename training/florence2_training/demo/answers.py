@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import Florence2ForConditionalGeneration, Florence2Processor
+from transformers import Florence2Processor
 
 from florence2_training.demo.pictures import Picture
 from florence2_training.demo.samples import Sample
@@ -22,7 +22,7 @@ class Answer:
 
 @torch.no_grad()
 def ask(
-    model: Florence2ForConditionalGeneration,
+    model: Any,
     processor: Florence2Processor,
     pictures: Sequence[Picture],
     samples: Sequence[Sample],

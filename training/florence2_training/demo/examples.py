@@ -14,11 +14,11 @@ _TURNED = 6
 
 EXAMPLES = {
     "scene-1.png": ("scene", HELD_OUT, 0),
-    "scene-2.jpg": ("scene", HELD_OUT, 1),
+    "scene-2.jpg": ("scene", HELD_OUT, 3),
     "page-1.png": ("page", HELD_OUT, 0),
-    "page-2.jpg": ("page", HELD_OUT, 1),
+    "page-2.jpg": ("page", HELD_OUT, 6),
     "word-1.png": ("word", HELD_OUT_NEW_WORDS, 0),
-    "word-2.png": ("word", HELD_OUT_NEW_WORDS, 1),
+    "word-2.png": ("word", HELD_OUT_NEW_WORDS, 2),
 }
 _ROTATED = "scene-2.jpg"
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
@@ -19,7 +20,7 @@ def average_precision(
 ) -> float:
     """COCO's, at one threshold, the mean over the classes that occur."""
     nouns = sorted({thing.noun for picture in pictures for thing in picture.things})
-    truth = [
+    truth: list[dict[str, Any]] = [
         {"image_id": image, "category_id": nouns.index(thing.noun), "bbox": _corner_and_size(thing.box)}
         for image, picture in enumerate(pictures)
         for thing in picture.things

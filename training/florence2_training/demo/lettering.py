@@ -4,7 +4,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from florence2_training.demo.things import Thing, backdrop, font, jittered
+from florence2_training.demo.things import Thing, backdrop, box_of, font, jittered
 from florence2_training.demo.words import COLOURS, LETTERS, TRAINING_WORDS
 
 # Parts of the picture: squashed to the model's 96 pixels, letters are 12 to 17 wide, whatever its shape.
@@ -29,14 +29,14 @@ def draw_word(rng: Generator, vocabulary: tuple[str, ...] | None = None) -> tupl
     for letter, pen in zip(text, pens, strict=False):
         mask = Image.new("L", image.size)
         ImageDraw.Draw(mask).text((left + pen, top), letter, 255, font(em), stroke_width=stroke)
-        boxes.append(mask.getbbox())
+        boxes.append(box_of(mask))
         word.paste(255, (0, 0), mask)
     image.paste(jittered(rng, COLOURS[colour]), (0, 0), word)
-    return image, [Thing("word", word.getbbox(), colour, text, tuple(boxes))]
+    return image, [Thing("word", box_of(word), colour, text, tuple(boxes))]
 
 
 def _set(rng: Generator, text: str, width: int) -> tuple[int, int, np.ndarray]:
-    """The font's size, the stroke that makes it heavier, where each letter starts, and where the word ends."""
+    """The font's size, the stroke that makes it heavier, where each letter starts, where the word ends."""
     weight = rng.uniform(0, 0.04)
     reach = width * min(len(text) * rng.uniform(*_LETTER_WIDTH), _WORD_WIDTH)
     per_em = sum(font(100).getlength(letter) / 100 + weight + 0.02 for letter in text)

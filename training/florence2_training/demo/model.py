@@ -1,6 +1,7 @@
 """The demo's Florence-2: the architecture in small, its initialisation, and the folder it is saved in."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,13 +68,12 @@ def config(tokenizer) -> Florence2Config:
         drop_path_rate=0.0,
         projection_dim=WIDTH,
     )
-    layers = {"layers": 2, "ffn_dim": 4 * WIDTH, "attention_heads": 4}
+    layers: dict[str, Any] = {"layers": 2, "ffn_dim": 4 * WIDTH, "attention_heads": 4}
     text = BartConfig(
         vocab_size=vocabulary.vocabulary_size(tokenizer),
         d_model=WIDTH,
         max_position_embeddings=POSITIONS,
         dropout=0.0,
-        forced_bos_token_id=tokenizer.bos_token_id,
         **{f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in layers.items()},
     )
     return Florence2Config(vision_config=vision, text_config=text, image_token_id=tokenizer.image_token_id)
@@ -101,7 +101,7 @@ def initialise(tokenizer, seed: int) -> Florence2ForConditionalGeneration:
     model.generation_config = generation_config(tokenizer)
     for module in model.modules():
         _fan_in(module)
-    embeddings = model.get_input_embeddings().weight
+    embeddings = model.lm_head.weight
     first = tokenizer.convert_tokens_to_ids("<loc_0>")
     with torch.no_grad():
         embeddings[first : first + 1000] = _fourier(1000, WIDTH) * WIDTH**-0.5

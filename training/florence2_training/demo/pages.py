@@ -8,7 +8,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageChops, ImageDraw
 
-from florence2_training.demo.things import RGB, Thing, font, jittered
+from florence2_training.demo.things import RGB, Thing, box_of, font, jittered
 from florence2_training.demo.words import COLOURS, PAGE_OBJECTS, WORDS
 
 _MOST = 3
@@ -31,16 +31,17 @@ def draw_page(rng: Generator) -> tuple[Image.Image, list[Thing]]:
     for index in range(columns):
         share = wanted if columns == 1 else (wanted + 1 - index) // 2
         left = margin + index * (column + gutter)
-        things += _fill(rng, image, (left, top, left + column, height - margin), share)
+        things += _fill(rng, image, (left, top, left + column, height - margin), share, paper)
     return image, things
 
 
-def _fill(rng: Generator, image: Image.Image, room: tuple[int, int, int, int], wanted: int) -> list[Thing]:
+def _fill(
+    rng: Generator, image: Image.Image, room: tuple[int, int, int, int], wanted: int, paper: RGB
+) -> list[Thing]:
     """Blocks from the top of a column to its end, `wanted` tables and figures among paragraphs."""
     left, y, right, bottom = room
     things: list[Thing] = []
     gap = int((bottom - y) * rng.uniform(0.02, 0.04))
-    paper = image.getpixel((0, 0))
     while wanted > len(things):
         left_over = bottom - y - gap * 2 * (wanted - len(things))
         if rng.random() < 0.6:
@@ -52,11 +53,7 @@ def _fill(rng: Generator, image: Image.Image, room: tuple[int, int, int, int], w
         drawn = _block(rng, noun, (wide, min(max(tall, 40), int(wide * 1.2))), paper)
         x = left + int(rng.integers(0, right - left - wide + 1))
         image.paste(drawn, (x, y))
-        edges = ImageChops.difference(drawn, Image.new("RGB", drawn.size, paper)).getbbox() or (
-            0,
-            0,
-            *drawn.size,
-        )
+        edges = box_of(ImageChops.difference(drawn, Image.new("RGB", drawn.size, paper)))
         things.append(Thing(noun, (x + edges[0], y + edges[1], x + edges[2], y + edges[3])))
         y += drawn.height + gap
     if rng.random() < 0.85:

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from florence2_training.demo.things import Thing, backdrop, jittered, overlap
+from florence2_training.demo.things import Thing, backdrop, box_of, jittered, overlap
 from florence2_training.demo.words import COLOURS, SHAPES
 
 _CROSS = [(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65)]
@@ -48,7 +48,4 @@ def _shape(rng: Generator, size: tuple[int, int]) -> tuple[Thing, Image.Image]:
         pen.ellipse((x, y, x + side, y + side), fill=255)
     else:
         pen.polygon([(x + side * u, y + side * v) for u, v in OUTLINES[noun]], fill=255)
-    box = mask.getbbox()
-    if box is None:
-        raise RuntimeError(f"a {noun} of {side:.0f} pixels was drawn outside a picture of {size}")
-    return Thing(noun, box, colour), mask
+    return Thing(noun, box_of(mask), colour), mask

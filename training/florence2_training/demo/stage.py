@@ -80,7 +80,7 @@ def fit(
     share: Share,
     state: Path,
 ) -> None:
-    """Trains `module` in place. `loss_of(indices, step)` is the mean loss of this process's part of a batch."""
+    """Trains `module` in place. `loss_of(indices, step)` is the mean loss of this process's part."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=stage.rate, weight_decay=0.01, betas=(0.9, 0.98))
     first = _resume(module, optimiser, state)

@@ -21,6 +21,14 @@ class Thing:
     letters: tuple[Box, ...] = ()
 
 
+def box_of(drawn: Image.Image) -> Box:
+    """Round all that is not black."""
+    box = drawn.getbbox()
+    if box is None:
+        raise RuntimeError(f"nothing was drawn on a canvas of {drawn.size}")
+    return box
+
+
 def overlap(a: Box, b: Box) -> float:
     """Shared area over the smaller of the two."""
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])

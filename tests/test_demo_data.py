@@ -1,0 +1,321 @@
+"""The demo checkpoint's making: its pictures and their truths, its tokenizer, and its recipe in small."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from florence2_training.demo import figures, model, tokenizer, words
+from florence2_training.demo.examples import EXAMPLES
+from florence2_training.demo.gallery import Truth
+from florence2_training.demo.lessons import TASK_SHARES, Lessons
+from florence2_training.demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, KINDS, TRAINING, Picture, draw
+from florence2_training.demo.samples import TASKS_OF, Sample, answer, prompt_text
+from florence2_training.demo.stage import Share, Stage, batch_at
+from florence2_training.demo.things import Thing, overlap
+from florence2_training.demo.tower import CLASSES, under_tokens
+from florence2_training.demo.train import Recipe, train
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from transformers import AutoProcessor, Florence2Config, Florence2ForConditionalGeneration
+
+from florence2.tasks import TASKS
+
+ROOT = Path(__file__).parents[1]
+VOCABULARY = tokenizer.build()
+SIZE = (200, 100)
+CIRCLES = (
+    Thing("circle", (0, 0, 20, 10), "red"),
+    Thing("circle", (20, 10, 60, 30), "red"),
+    Thing("star", (100, 50, 200, 100), "orange"),
+)
+
+
+def asked(*arguments, **chosen) -> Sample:
+    sample = answer(*arguments, **chosen)
+    assert sample is not None
+    return sample
+
+
+def drawn(kind: str, split: int = TRAINING, count: int = 40) -> list[Picture]:
+    return [draw(kind, 3, split, index) for index in range(count)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_arguments_draw_the_same_picture(kind):
+    first, again, other = draw(kind, 3, HELD_OUT, 5), draw(kind, 3, HELD_OUT, 5), draw(kind, 3, HELD_OUT, 6)
+    assert first.image.tobytes() == again.image.tobytes()
+    assert first.things == again.things
+    assert first.image.tobytes() != other.image.tobytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_lie_in_the_picture_and_in_reading_order(kind):
+    for picture in drawn(kind):
+        width, height = picture.image.size
+        corners = [thing.box[0] + thing.box[1] for thing in picture.things]
+        assert corners == sorted(corners)
+        for thing in picture.things:
+            x1, y1, x2, y2 = thing.box
+            assert 0 <= x1 < x2 <= width
+            assert 0 <= y1 < y2 <= height
+
+
+@pytest.mark.parametrize("kind", ["scene", "word"])
+def test_boxes_are_tight_round_what_is_coloured(kind):
+    seen = 0
+    for picture in drawn(kind):
+        chroma = np.ptp(np.asarray(picture.image).astype(int), axis=2)
+        for thing in picture.things:
+            if any(overlap(thing.box, other.box) for other in picture.things if other is not thing):
+                continue
+            seen += 1
+            x1, y1, x2, y2 = map(int, thing.box)
+            inside = Image.fromarray(chroma[y1:y2, x1:x2] > 60).getbbox()
+            # Letters fade out at their edges, shapes do not.
+            assert inside == pytest.approx((0, 0, x2 - x1, y2 - y1), abs=2 if kind == "word" else 0)
+    assert seen > 20
+
+
+def test_boxes_of_tables_and_figures_end_where_the_paper_begins():
+    pages = drawn("page")
+    for page in pages:
+        differs = (np.asarray(page.image) != page.image.getpixel((0, 0))).any(axis=2)
+        for thing in page.things:
+            x1, y1, x2, y2 = map(int, thing.box)
+            edges = differs[y1, x1:x2], differs[y2 - 1, x1:x2], differs[y1:y2, x1], differs[y1:y2, x2 - 1]
+            assert all(edge.any() for edge in edges)
+    assert {len(page.things) for page in pages} == {0, 1, 2, 3}
+
+
+def test_letters_lie_side_by_side_in_the_word():
+    for picture in drawn("word"):
+        (word,) = picture.things
+        assert len(word.letters) == len(word.text)
+        starts = [letter[0] for letter in word.letters]
+        assert starts == sorted(starts)
+        assert min(starts) == word.box[0]
+        assert max(letter[2] for letter in word.letters) == word.box[2]
+
+
+def test_held_out_words_are_never_drawn_in_training():
+    assert not set(words.TRAINING_WORDS) & set(words.HELD_OUT_WORDS)
+    assert {picture.things[0].text for picture in drawn("word", HELD_OUT_NEW_WORDS)} <= set(words.HELD_OUT_WORDS)
+    assert not {picture.things[0].text for picture in drawn("word", count=300)} & set(words.HELD_OUT_WORDS)
+
+
+ANSWERS = {
+    "<OD>": (
+        "",
+        "circle<loc_0><loc_0><loc_100><loc_100>circle<loc_100><loc_100><loc_300><loc_300>"
+        "star<loc_500><loc_500><loc_999><loc_999>",
+    ),
+    "<CAPTION>": ("", "two red circles and an orange star"),
+    "<CAPTION_TO_PHRASE_GROUNDING>": (
+        "two red circles and an orange star",
+        "two red circles<loc_0><loc_0><loc_100><loc_100><loc_100><loc_100><loc_300><loc_300>"
+        "an orange star<loc_500><loc_500><loc_999><loc_999>",
+    ),
+    "<REGION_TO_CATEGORY>": ("<loc_500><loc_500><loc_999><loc_999>", "star"),
+    "<REGION_PROPOSAL>": (
+        "",
+        "<loc_0><loc_0><loc_100><loc_100><loc_100><loc_100><loc_300><loc_300><loc_500><loc_500><loc_999><loc_999>",
+    ),
+}
+
+
+@pytest.mark.parametrize("task", ANSWERS)
+def test_answers_are_written_as_florence2_writes_them(task):
+    sample = asked(task, "scene", CIRCLES, SIZE, chosen=2)
+    assert (sample.text, sample.target) == ANSWERS[task]
+
+
+def test_a_word_is_answered_with_its_quad():
+    word = (Thing("word", (20, 10, 60, 30), "blue", "STOP"),)
+    quad = "<loc_100><loc_100><loc_300><loc_100><loc_300><loc_300><loc_100><loc_300>"
+    assert asked("<OCR>", "word", word, SIZE).target == "STOP"
+    assert asked("<OCR_WITH_REGION>", "word", word, SIZE).target == "STOP" + quad
+    assert asked("<CAPTION>", "word", word, SIZE).target == "a blue word"
+
+
+def test_grounding_may_ask_for_one_phrase():
+    sample = asked("<CAPTION_TO_PHRASE_GROUNDING>", "scene", CIRCLES, SIZE, chosen=1)
+    assert sample.prompt == "<CAPTION_TO_PHRASE_GROUNDING>an orange star"
+    assert sample.target == "an orange star<loc_500><loc_500><loc_999><loc_999>"
+    assert prompt_text(sample.prompt) == "Locate the phrases in the caption: an orange star"
+
+
+def test_a_page_with_nothing_has_an_empty_answer():
+    assert asked("<OD>", "page", (), SIZE).target == ""
+    assert asked("<CAPTION>", "page", (), SIZE).target == "a page of text"
+    assert answer("<REGION_TO_CATEGORY>", "page", (), SIZE) is None
+
+
+def test_captions_count():
+    table, figure = Thing("table", (0, 0, 9, 9)), Thing("figure", (0, 0, 9, 9))
+    assert asked("<CAPTION>", "page", [table, figure, figure], SIZE).target == "a page with a table and two figures"
+    cross = Thing("cross", (0, 0, 9, 9), "green")
+    assert asked("<CAPTION>", "scene", [cross] * 3, SIZE).target == "three green crosses"
+
+
+def test_the_shares_of_the_tasks_are_whole():
+    for kind, shares in TASK_SHARES.items():
+        assert set(shares) == set(TASKS_OF[kind])
+        assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_target_repeats_a_trigram_and_every_target_survives_the_tokenizer(kind):
+    truths = [Truth(picture.kind, picture.image.size, picture.things) for picture in drawn(kind)]
+    lessons = Lessons(VOCABULARY, truths, seed=0)
+    for index in range(len(truths)):
+        for step in range(10):
+            prompt, target = lessons.lesson(index, step)
+            assert not tokenizer.repeats_a_trigram(target)
+            assert VOCABULARY.unk_token_id not in prompt + target
+            assert (target[0], target[-1]) == (VOCABULARY.bos_token_id, VOCABULARY.eos_token_id)
+        for task in TASKS_OF[kind]:
+            sample = answer(task, kind, truths[index].things, truths[index].size)
+            if sample:
+                ids = VOCABULARY(sample.target, add_special_tokens=False).input_ids
+                assert VOCABULARY.decode(ids) == sample.target
+
+
+def test_a_word_that_repeats_a_trigram_is_never_asked_for():
+    assert tokenizer.repeats_a_trigram(VOCABULARY("BANANA").input_ids)
+    assert not any(tokenizer.repeats_a_trigram(VOCABULARY(word).input_ids) for word in words.WORDS)
+    box = (10, 10, 50, 40)
+    truth = Truth("word", SIZE, (Thing("word", box, "red", "BANANA", (box,) * 6),))
+    lessons = Lessons(VOCABULARY, [truth], seed=0)
+    targets = [VOCABULARY.decode(lessons.lesson(0, step)[1]) for step in range(20)]
+    assert not any("BANANA" in target for target in targets)
+
+
+def test_the_words_of_the_demo_are_single_tokens_and_capitals_stay_letters():
+    for noun in (*words.SHAPES, *words.PAGE_OBJECTS, *words.COLOURS, "word", "page"):
+        for text in (noun, " " + noun):
+            assert len(VOCABULARY(text, add_special_tokens=False).input_ids) == 1
+    assert VOCABULARY.tokenize("LOCATE") == list("LOCATE")
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_the_prompts_of_all_tasks_have_no_unknown_token(task):
+    ids = VOCABULARY(task.prompt).input_ids
+    assert VOCABULARY.unk_token_id not in ids
+    assert VOCABULARY.decode(ids[1:-1]) == task.prompt
+
+
+@given(st.text(st.characters(exclude_characters="<", codec="utf-8")))
+def test_any_text_survives_the_tokenizer(text):
+    assert VOCABULARY.decode(VOCABULARY(text, add_special_tokens=False).input_ids) == text
+
+
+def test_tokens_know_what_lies_under_them():
+    truth = Truth("scene", (120, 120), (Thing("star", (20, 30, 50, 50), "green"),))
+    classes, colours, places, boxes = under_tokens(truth)
+    under = classes.reshape(12, 12) == CLASSES.index("star")
+    assert under.sum() == 6
+    assert under[3:5, 2:5].all()
+    assert set(places) == {-1}
+    assert colours.max() == 2
+    assert boxes[3 * 12 + 2] == pytest.approx([1 / 6, 1 / 4, 5 / 12, 5 / 12])
+
+
+def test_processes_share_every_batch_and_every_epoch_meets_each_picture_once():
+    batches = [batch_at(step, 8, 20, seed=0) for step in range(5)]
+    assert sorted(place for batch in batches for place in batch) == sorted(list(range(20)) * 2)
+    assert sorted([*Share(0, 2).of(batches[0]), *Share(1, 2).of(batches[0])]) == sorted(batches[0])
+
+
+def test_the_rate_rises_and_falls():
+    stage = Stage("text", steps=100, batch=1, rate=1.0, warm_up=0.1, decay=0.5)
+    assert stage.rate_at(0) == pytest.approx(0.1)
+    assert stage.rate_at(30) == 1.0
+    assert stage.rate_at(99) < 0.01
+
+
+def test_average_precision_is_that_of_a_perfect_and_of_a_blind_answer():
+    from florence2_training.demo.answers import Answer
+
+    pictures = drawn("scene", count=5)
+    perfect = [
+        Answer(
+            {
+                "labels": [thing.noun for thing in picture.things],
+                "bboxes": [thing.box for thing in picture.things],
+            },
+            [0.9] * len(picture.things),
+        )
+        for picture in pictures
+    ]
+    blind = [Answer({"labels": [], "bboxes": []}, [])] * 5
+    assert figures.average_precision(perfect, pictures) == pytest.approx(1)
+    assert figures.average_precision(blind, pictures) == 0
+
+
+def test_edits_are_counted():
+    assert figures.edit_distance("STOP", "STOP") == 0
+    assert figures.edit_distance("SHOP", "STOP") == 1
+    assert figures.edit_distance("", "STOP") == 4
+    assert figures.edit_distance("TOPS", "STOP") == 2
+
+
+@pytest.fixture(scope="module")
+def small_recipe() -> Recipe:
+    def short(name: str) -> Stage:
+        return Stage(name, steps=4, batch=4, rate=1e-3)
+
+    return Recipe(1, 16, 8, short("tower"), short("text"), short("joint"), processes=1)
+
+
+def weights(recipe: Recipe, folder: Path) -> dict[str, torch.Tensor]:
+    train(recipe, folder / "checkpoint", folder / "work")
+    return Florence2ForConditionalGeneration.from_pretrained(folder / "checkpoint").state_dict()
+
+
+def test_the_recipe_makes_a_checkpoint_that_its_seed_decides(small_recipe, tmp_path):
+    first, again = (weights(small_recipe, tmp_path / name) for name in ("first", "again"))
+    other = weights(replace(small_recipe, seed=2), tmp_path / "other")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+    processor = AutoProcessor.from_pretrained(tmp_path / "first" / "checkpoint")
+    inputs = processor(text="<OD>", images=drawn("page", count=1)[0].image, return_tensors="pt")
+    checkpoint = tmp_path / "first" / "checkpoint"
+    loaded: Any = Florence2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    ids = loaded.generate(**inputs, max_length=8)[0].tolist()
+    assert ids[:2] == [VOCABULARY.eos_token_id, VOCABULARY.bos_token_id]
+
+
+def test_a_finished_run_is_not_run_again(small_recipe, tmp_path):
+    first = weights(small_recipe, tmp_path)
+    stages = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+    again = weights(small_recipe, tmp_path)
+    assert stages == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").iterdir()}
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_shipped_checkpoint_is_the_recipes(tmp_path):
+    shipped = ROOT / "demo" / "checkpoint"
+    VOCABULARY.save_pretrained(tmp_path)
+    assert json.loads((shipped / "tokenizer.json").read_text()) == json.loads((tmp_path / "tokenizer.json").read_text())
+    made: Any = model.config(VOCABULARY)
+    config: Any = Florence2Config.from_pretrained(shipped)
+    assert config.vision_config.to_dict() == made.vision_config.to_dict()
+    assert config.text_config.vocab_size == made.text_config.vocab_size
+    assert sum(path.stat().st_size for path in shipped.iterdir()) < 12_000_000
+
+
+def test_the_example_pictures_are_those_of_the_generator():
+    truths = json.loads((ROOT / "demo" / "pictures" / "truth.json").read_text())
+    assert set(truths) == set(EXAMPLES)
+    for name, truth in truths.items():
+        path = ROOT / "demo" / "pictures" / name
+        with Image.open(path) as image:
+            assert image.getexif().get(0x0112, 1) == truth["exif_orientation"]
+            assert list(ImageOps.exif_transpose(image).size) == truth["size"]
+        assert path.stat().st_size < 60_000
