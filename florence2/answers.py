@@ -180,6 +180,13 @@ def _columns(rows: list[_Row], *names: str) -> dict[str, list[Any]]:
 
 def _byte_alphabet() -> dict[int, str]:
     """Byte -> printable character, the alphabet of byte-level BPE (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
-    return {**{byte: chr(byte) for byte in printable}, **{byte: chr(256 + i) for i, byte in enumerate(others)}}
+    return {
+        **{byte: chr(byte) for byte in printable},
+        **{byte: chr(256 + i) for i, byte in enumerate(others)},
+    }

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps
 
 from florence2.errors import InvalidRequest
 
-# MPO is what many cameras and phones write under the name .jpg.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+# PIL opens what many phones write under the name .jpg, MPO, as JPEG.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _BASE64 = re.compile(rb"\s*(?:data:[\w/+.-]*;base64,)?([A-Za-z0-9+/\s]+=*\s*)")
 
 
@@ -27,7 +27,7 @@ class Limits:
     """Of the encoded file, 1 MB = 10**6 bytes."""
 
 
-def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:  # noqa: B008 - frozen
+def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:
     """An encoded image file, or the same base64-encoded -> its first frame, upright, mode RGB.
 
     Alpha is dropped and palettes are expanded as PIL's `convert("RGB")` does, which is what users of HF's processors call;

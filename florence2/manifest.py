@@ -58,7 +58,9 @@ class Manifest:
             content = json.loads(path.read_text())
             return cls(**{**content, "sizes": Sizes(**content["sizes"])})
         except FileNotFoundError:
-            raise ValueError(f"{path} is missing: {folder} is not an export; make one with `florence2 export`") from None
+            raise ValueError(
+                f"{path} is missing: {folder} is not an export; make one with `florence2 export`"
+            ) from None
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"{path} can't be read ({error}); export the checkpoint again") from None
 

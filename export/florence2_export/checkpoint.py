@@ -49,7 +49,7 @@ class Checkpoint:
     revision: str | None
     """The commit, for a hub id."""
     sha256: str
-    """Of the files that were read: names and contents."""
+    """Of its settings and weights files: names and contents."""
     repairs: list[str]
     """One sentence for each thing that was not as it should be."""
 
@@ -100,14 +100,10 @@ def _read_config(files: Source, repairs: list[str]) -> dict[str, Any]:
     config = files.json("config.json")
     check_architecture(config, path, repairs)
     if config.get("quantization_config"):
-        raise CheckpointError(
-            f"{path}: a quantised checkpoint (quantization_config); give the unquantised one"
-        )
+        raise CheckpointError(f"{path}: a quantised checkpoint (quantization_config); give the unquantised one")
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
-            raise CheckpointError(
-                f"{path}: {part} is missing; copy the file from the checkpoint's base model"
-            )
+            raise CheckpointError(f"{path}: {part} is missing; copy the file from the checkpoint's base model")
     _note_auto_maps(files, repairs)
     return config
 
@@ -121,9 +117,7 @@ def _note_auto_maps(files: Source, repairs: list[str]) -> None:
         targets = re.findall(r'"([^"]*)--[^"]*"', json.dumps(files.json(name).get("auto_map")))
         elsewhere = sorted(set(targets))
         if elsewhere:
-            repairs.append(
-                f"{name}: auto_map points to code in {', '.join(elsewhere)}; ignored, no remote code is run"
-            )
+            repairs.append(f"{name}: auto_map points to code in {', '.join(elsewhere)}; ignored, no remote code is run")
 
 
 def _check_vision_type(config: dict[str, Any], layout: Layout, repairs: list[str]) -> None:
@@ -140,12 +134,7 @@ def _fit_vocabulary(text: Any, weights: Weights, tokenizer: Tokenizer, repairs: 
         return
     rows, *width = weights.shape(SHARED)
     head_agrees = not weights.has(LM_HEAD) or weights.shape(LM_HEAD) == weights.shape(SHARED)
-    if (
-        rows == text.vocab_size
-        or width != [text.d_model]
-        or not head_agrees
-        or rows <= _last_needed_id(tokenizer)
-    ):
+    if rows == text.vocab_size or width != [text.d_model] or not head_agrees or rows <= _last_needed_id(tokenizer):
         return
     name = name_in(weights.layout, SHARED)
     repairs.append(f"config.json: vocab_size {text.vocab_size} replaced by {rows}, the rows of {name}")
@@ -184,16 +173,10 @@ def _check_tokens_have_rows(tokenizer: Tokenizer, rows: int, weights: Weights) -
 
 def _declared_tied(config: dict[str, Any]) -> bool | None:
     """transformers 4.x reads the text config's, 5.x the top level's; None where neither says."""
-    flags = [
-        part["tie_word_embeddings"]
-        for part in (config, config["text_config"])
-        if "tie_word_embeddings" in part
-    ]
+    flags = [part["tie_word_embeddings"] for part in (config, config["text_config"]) if "tie_word_embeddings" in part]
     return any(flags) if flags else None
 
 
 def _generation_config(generation: dict[str, Any]) -> GenerationConfig:
     # With _from_model_config transformers would take the defaults from the config again.
-    return GenerationConfig.from_dict(
-        {key: value for key, value in generation.items() if key != "_from_model_config"}
-    )
+    return GenerationConfig.from_dict({key: value for key, value in generation.items() if key != "_from_model_config"})

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -37,8 +38,7 @@ def export(source: str, output: Path, revision: str | None = None) -> Manifest:
     """
     output = output.resolve()
     done = _existing(output)
-    files = open_source(source, revision)
-    if done and _unchanged(done, output, files.sha256()):
+    if done and _unchanged(done, output, open_source(source, revision).sha256()):
         return done
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
@@ -94,7 +94,9 @@ def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
 
 def sizes_of(checkpoint: Checkpoint) -> Sizes:
     config, size = checkpoint.model.config, checkpoint.preprocessor["size"]
-    text, vision = config.text_config, config.vision_config
+    # transformers types its sub-configs as dicts too.
+    text: Any = config.text_config
+    vision: Any = config.vision_config
     height, width = size["height"], size["width"]
     for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
@@ -142,6 +144,7 @@ def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Pat
             verbose=False,
         )
     # Weights beside the graph: a protobuf ends at 2 GB, and ONNX Runtime maps the file instead of copying it.
+    assert program is not None
     program.save(folder / f"{graph.name}.onnx", external_data=True)
 
 
@@ -184,4 +187,3 @@ def _hashes(folder: Path) -> dict[str, str]:
             with path.open("rb") as file:
                 hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
-

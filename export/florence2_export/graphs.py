@@ -22,7 +22,7 @@ end token), and num_beams goes up to 8. All of them can stem from one beam, so e
 class VisionEncoder(nn.Module):
     """`pixels` u8 [B, H, W, 3], resized, RGB -> `image_features` [B, N, D]."""
 
-    def __init__(self, model: nn.Module, preprocessor: dict[str, Any]) -> None:
+    def __init__(self, model: Any, preprocessor: dict[str, Any]) -> None:
         super().__init__()
         self.vision_tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
     per decoder layer key and value [B, heads, N + S, head_dim], `encoder_attention_mask` i64 [B, N + S].
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         language_model = model.model.language_model
         self.encoder = language_model.encoder
@@ -92,7 +92,7 @@ class Decoder(nn.Module):
     -> `candidate_ids` i64 and `candidate_logprobs` f32 [B, num_beams, CANDIDATES], best first; caches [R, heads, T + 1, head_dim].
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.decoder = model.model.language_model.decoder
         self.lm_head = model.lm_head
@@ -154,7 +154,7 @@ def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
-def _positions(stack: nn.Module, positions: Tensor) -> Tensor:
+def _positions(stack: Any, positions: Tensor) -> Tensor:
     # BART's learned positions start at row 2 (BartLearnedPositionalEmbedding.offset).
     table = stack.embed_positions
     return nn.functional.embedding(positions + table.offset, table.weight)
@@ -165,7 +165,7 @@ class Graph:
     """What `torch.onnx.export` needs to know of one graph: the module, an example, the names, which dimensions vary."""
 
     name: str
-    build: Callable[[nn.Module, dict[str, Any]], nn.Module]
+    build: Callable[[Any, dict[str, Any]], nn.Module]
     example: Callable[[Sizes], tuple]
     dynamic_shapes: Callable[[Sizes], tuple]
     input_names: Callable[[Sizes], list[str]]
@@ -173,9 +173,7 @@ class Graph:
 
 
 def _cache_names(sizes: Sizes, direction: str, kind: str) -> list[str]:
-    return [
-        f"{direction}.{layer}.{kind}.{part}" for layer in range(sizes.decoder_layers) for part in ("key", "value")
-    ]
+    return [f"{direction}.{layer}.{kind}.{part}" for layer in range(sizes.decoder_layers) for part in ("key", "value")]
 
 
 def _decoder_example(sizes: Sizes) -> tuple:

@@ -213,6 +213,4 @@ def _check_supported(text: dict[str, Any], vision: dict[str, Any], file: str) ->
     missing += [] if vision.get("embed_dim") or vision.get("dim_embed") else ["vision_config.dim_embed"]
     missing += [] if vision.get("projection_dim") else ["vision_config.projection_dim"]
     if missing:
-        raise CheckpointError(
-            f"{file}: {', '.join(missing)} missing; copy the file from the checkpoint's base model"
-        )
+        raise CheckpointError(f"{file}: {', '.join(missing)} missing; copy the file from the checkpoint's base model")

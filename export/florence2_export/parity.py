@@ -27,7 +27,6 @@ fall either way when sums are rounded in another order."""
 
 PROMPTS = ("<OD>", "<CAPTION>", "<CAPTION_TO_PHRASE_GROUNDING>a green car")
 NEW_TOKENS = 24
-CPU = ("CPUExecutionProvider",)
 
 
 @dataclass
@@ -64,7 +63,7 @@ class Comparison:
         self.features: NDArray[np.float32] | None = None
 
     def vision(self) -> None:
-        graph = session(self.folder / "vision_encoder.onnx", CPU, threads=0)
+        graph = session(self.folder / "vision_encoder.onnx")
         self.features = reference_features(self.checkpoint, self.pixels)
         exported = [graph.run(None, {"pixels": picture[None]})[0][0] for picture in self.pixels]
         self._note("vision_encoder", np.stack(exported), self.features)
@@ -83,7 +82,10 @@ class Comparison:
         hidden = reference_hidden(self.checkpoint.model, self.features, self.prompts, mask)
         expected, exported = [], []
         for index, layer in enumerate(self.checkpoint.model.model.language_model.decoder.layers):
-            for part, projection in (("key", layer.encoder_attn.k_proj), ("value", layer.encoder_attn.v_proj)):
+            for part, projection in (
+                ("key", layer.encoder_attn.k_proj),
+                ("value", layer.encoder_attn.v_proj),
+            ):
                 cache = self.caches.cross[f"past_key_values.{index}.encoder.{part}"]
                 # What stands on padding is never read.
                 exported.append(cache.transpose(0, 2, 1, 3).reshape(hidden.shape)[mask.numpy() != 0])
@@ -98,7 +100,6 @@ class Comparison:
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, self.sizes.vocab_size, (requests, beams, steps))
         swap = np.arange(requests * beams).reshape(requests, beams)[:, ::-1].reshape(-1)
-        exported, ids = [], []
         for step in range(steps):
             # The beams of a request change places at every step, and so do their tokens.
             tokens[:, :, :step] = tokens[:, ::-1, :step]
@@ -106,8 +107,6 @@ class Comparison:
             found, logprobs = runner.decode(
                 self.caches, tokens[:, :, step], positions, swap, [np.zeros(0, np.int64)] * requests * beams
             )
-            ids.append(found)
-            exported.append(logprobs)
             expected = self._reference_logprobs(tokens[:, :, : step + 1], hidden, mask)
             self._note("decoder", logprobs, np.take_along_axis(expected, found, axis=2))
 
@@ -125,9 +124,11 @@ class Comparison:
         settings = GenerationSettings.from_config(self.checkpoint.generation, self.sizes.max_position_embeddings)
         for features, prompt in zip(self.features, self.prompts, strict=True):
             for num_beams in (1, 3):
-                asked = {"num_beams": num_beams, "max_new_tokens": NEW_TOKENS}
-                expected = reference_generate(self.checkpoint.model, features, prompt, **asked)
-                found = generate(runner, features, prompt, settings.override(**asked))
+                expected = reference_generate(
+                    self.checkpoint.model, features, prompt, num_beams=num_beams, max_length=NEW_TOKENS + 1
+                )
+                asked = settings.override(num_beams=num_beams, max_new_tokens=NEW_TOKENS)
+                found = generate(runner, features, prompt, asked)
                 self.parity.generations += 1
                 self.parity.generations_equal += found.token_ids.tolist() == expected.sequences[0].tolist()
 
@@ -167,9 +168,7 @@ def reference_hidden(
 
 
 @torch.inference_mode()
-def reference_generate(
-    model: Any, features: NDArray[np.float32], prompt: NDArray[np.int64], **settings: Any
-) -> Any:
+def reference_generate(model: Any, features: NDArray[np.float32], prompt: NDArray[np.int64], **settings: Any) -> Any:
     """Image features [N, D] and prompt ids [S] -> transformers' `generate`, with scores, for settings of its own."""
     mask = torch.ones(1, len(features) + len(prompt), dtype=torch.int64)
     hidden = reference_hidden(model, features[None], [prompt], mask)

@@ -34,11 +34,7 @@ def correct_ids(
     values: dict[str, Any], ids: dict[str, int], text: dict[str, Any], file: str, repairs: list[str]
 ) -> dict[str, Any]:
     """`values` with the true ids; an id that is not given is not a repair."""
-    wrong = {
-        key: values[key]
-        for key in ID_KEYS
-        if values.get(key) is not None and not _holds(values[key], ids[key])
-    }
+    wrong = {key: values[key] for key in ID_KEYS if values.get(key) is not None and not _holds(values[key], ids[key])}
     if wrong:
         changes = ", ".join(f"{key} {wrong[key]} replaced by {ids[key]}" for key in wrong)
         authority = "text_config" if all(key in text for key in wrong) else "the tokenizer"
@@ -80,9 +76,7 @@ _WRITTEN_ANYWAY: dict[str, Any] = {
 _DECODING = ("num_beams", "no_repeat_ngram_size", "length_penalty", "early_stopping")
 
 
-def read_generation(
-    source: Source, config: dict[str, Any], ids: dict[str, int], repairs: list[str]
-) -> dict[str, Any]:
+def read_generation(source: Source, config: dict[str, Any], ids: dict[str, int], repairs: list[str]) -> dict[str, Any]:
     """generation_config.json, or config.json in its place; ids corrected, HF's defaults for the rest."""
     file = "generation_config.json"
     text = config["text_config"]
@@ -135,15 +129,11 @@ def read_preprocessor(source: Source, config: Florence2Config, repairs: list[str
     size = {"height": size["height"], "width": size["width"]}
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if given.get(key) is False:
-            raise refuse(
-                f"{key} is false; Florence-2 pixels are resized, rescaled and normalised: set it to true"
-            )
+            raise refuse(f"{key} is false; Florence-2 pixels are resized, rescaled and normalised: set it to true")
     if given.get("do_pad"):
         raise refuse("do_pad is true; Florence-2 does not pad pictures: set it to false")
     if _crops(given, size):
-        raise refuse(
-            f"do_center_crop to {given.get('crop_size')!r} after resizing to {size}: set it to false"
-        )
+        raise refuse(f"do_center_crop to {given.get('crop_size')!r} after resizing to {size}: set it to false")
     return {
         "do_resize": True,
         "size": size,
@@ -205,9 +195,7 @@ def _image_seq_length(
     """Image tokens: the last stage's map, and the pooled token before it."""
     vision: Any = config.vision_config
     grid = [size["height"], size["width"]]
-    for kernel, stride, padding in zip(
-        vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True
-    ):
+    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
         grid = [(side + 2 * padding - kernel) // stride + 1 for side in grid]
     if not all(0 < side <= vision.max_position_embeddings for side in grid):
         raise refuse(

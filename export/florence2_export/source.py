@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,18 @@ class CheckpointError(ValueError):
 
 @dataclass
 class Source:
-    """The files of one checkpoint. What is read through it counts into `sha256`."""
+    """The files of one checkpoint."""
 
     folder: Path
     hub_id: str | None = None
     revision: str | None = None
-    used: set[str] = field(default_factory=set)
 
     def has(self, name: str) -> bool:
         return (self.folder / name).is_file()
 
     def path(self, name: str) -> Path:
         if not self.has(name):
-            raise CheckpointError(
-                f"{self.folder / name} is missing; copy it from the checkpoint's base model"
-            )
-        self.used.add(name)
+            raise CheckpointError(f"{self.folder / name} is missing; copy it from the checkpoint's base model")
         return self.folder / name
 
     def json(self, name: str) -> dict[str, Any]:
@@ -57,9 +53,7 @@ class Source:
         except (ValueError, OSError) as error:
             raise CheckpointError(f"{path} is not valid JSON ({one_line(error)}); get it again") from error
         if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{path} holds a {type(content).__name__} where an object is expected; get it again"
-            )
+            raise CheckpointError(f"{path} holds a {type(content).__name__} where an object is expected; get it again")
         return content
 
     def optional_json(self, name: str) -> dict[str, Any]:
@@ -71,10 +65,12 @@ class Source:
             self.folder = _download(self.hub_id, self.revision, patterns)
 
     def sha256(self) -> str:
+        """Of every settings and weights file here, names and contents, whether it is read or not."""
         total = hashlib.sha256()
-        for name in sorted(self.used):
-            with (self.folder / name).open("rb") as file:
-                total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        patterns = (*SETTINGS, *SAFETENSORS, *BIN)
+        for path in sorted({path for pattern in patterns for path in self.folder.glob(pattern)}):
+            with path.open("rb") as file:
+                total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return total.hexdigest()
 
 
@@ -83,16 +79,12 @@ def open_source(source: str, revision: str | None = None) -> Source:
     path = Path(source).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise CheckpointError(
-                f"{source} is a folder, which has no revision {revision!r}; leave the revision out"
-            )
+            raise CheckpointError(f"{source} is a folder, which has no revision {revision!r}; leave the revision out")
         return Source(path)
     if path.exists():
         raise CheckpointError(f"{source} is a file; give the checkpoint's folder")
     if not _HUB_ID.fullmatch(source):
-        raise CheckpointError(
-            f"{source!r} is neither a folder nor a hub id such as microsoft/Florence-2-base"
-        )
+        raise CheckpointError(f"{source!r} is neither a folder nor a hub id such as microsoft/Florence-2-base")
     folder = _download(source, revision, SETTINGS)
     commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
     return Source(folder, hub_id=source, revision=commit)
@@ -104,15 +96,11 @@ def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> P
     what = f"{hub_id}@{revision}" if revision else hub_id
     try:
         # Patterns name data files only: code that a repository carries never reaches this machine.
-        return Path(
-            huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns))
-        )
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         hint = "no such folder here, and the hub gave no such model"
-        raise CheckpointError(
-            f"{what}: {hint} ({reason}); check the name, the network and HF_TOKEN"
-        ) from error
+        raise CheckpointError(f"{what}: {hint} ({reason}); check the name, the network and HF_TOKEN") from error
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:

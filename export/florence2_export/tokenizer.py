@@ -62,9 +62,7 @@ def _from_vocabulary(source: Source) -> Tokenizer:
     vocab, merges = source.path("vocab.json"), source.path("merges.txt")
     prefix_space = bool(source.optional_json("tokenizer_config.json").get("add_prefix_space", False))
     try:
-        bpe = models.BPE.from_file(
-            str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix=""
-        )
+        bpe = models.BPE.from_file(str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="")
     except Exception as error:
         raise CheckpointError(f"{vocab}, {merges.name}: {one_line(error)}; get them again") from error
     tokenizer = Tokenizer(bpe)
@@ -117,6 +115,4 @@ def _frame_with_bos_and_eos(tokenizer: Tokenizer, source: Source) -> None:
     ids = special_ids(tokenizer)
     if tokenizer.encode("").ids != [ids["bos_token_id"], ids["eos_token_id"]]:
         frame = [(BOS, ids["bos_token_id"]), (EOS, ids["eos_token_id"])]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A {EOS}", special_tokens=frame
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=frame)

@@ -117,9 +117,7 @@ def open_weights(source: Source) -> Weights:
             return _open_shards(source, index, entries_of)
     if source.has("adapter_config.json"):
         raise adapter_error(source)
-    raise CheckpointError(
-        f"{source.folder}: no weights; expected one of {', '.join(SAFETENSORS[:2] + BIN[:2])}"
-    )
+    raise CheckpointError(f"{source.folder}: no weights; expected one of {', '.join(SAFETENSORS[:2] + BIN[:2])}")
 
 
 def adapter_error(source: Source) -> CheckpointError:
@@ -137,9 +135,7 @@ def _open_shards(source: Source, index: str, entries_of: Callable[[Path], dict[s
     entries: dict[str, _Entry] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard:
-            raise CheckpointError(
-                f"{source.folder / index} names {shard!r}, which is outside the checkpoint's folder"
-            )
+            raise CheckpointError(f"{source.folder / index} names {shard!r}, which is outside the checkpoint's folder")
         if not source.has(shard):
             raise CheckpointError(f"{source.folder / shard} is missing, and {index} names it; get it again")
         entries |= entries_of(source.path(shard))
@@ -167,14 +163,10 @@ def _safetensors(path: Path) -> dict[str, _Entry]:
 def _bin(path: Path) -> dict[str, _Entry]:
     content = _unpickle(path)
     if not isinstance(content, dict):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not tensors by name; save model.state_dict()"
-        )
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name; save model.state_dict()")
     for name, value in content.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: {name} is a {type(value).__name__}, not a tensor; save model.state_dict()"
-            )
+            raise CheckpointError(f"{path}: {name} is a {type(value).__name__}, not a tensor; save model.state_dict()")
 
     def reader(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
@@ -221,16 +213,12 @@ def native_model(
     return model.eval().requires_grad_(False)
 
 
-def _state(
-    model: Florence2ForConditionalGeneration, weights: Weights, head_is_own: bool
-) -> dict[str, Tensor]:
+def _state(model: Florence2ForConditionalGeneration, weights: Weights, head_is_own: bool) -> dict[str, Tensor]:
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     table = _table(weights)
     state = {}
     for name, shape in wanted.items():
-        source = (
-            table if name in (SHARED, *EMBEDDING_COPIES) or (name == LM_HEAD and not head_is_own) else name
-        )
+        source = table if name in (SHARED, *EMBEDDING_COPIES) or (name == LM_HEAD and not head_is_own) else name
         if source == table and name != SHARED:
             continue
         if name == TEMPORAL and not weights.has(name):
@@ -279,15 +267,11 @@ def _head_is_own(weights: Weights, declared_tied: bool | None, repairs: list[str
         if declared_tied is False:
             raise weights.missing(SHARED)
         return False
-    if weights.shape(LM_HEAD) == weights.shape(table) and torch.equal(
-        weights.read(LM_HEAD), weights.read(table)
-    ):
+    if weights.shape(LM_HEAD) == weights.shape(table) and torch.equal(weights.read(LM_HEAD), weights.read(table)):
         return False
     if declared_tied is not False:
         head = name_in(weights.layout, LM_HEAD)
-        repairs.append(
-            f"config.json: tie_word_embeddings set to false, because {head} differs from the embedding"
-        )
+        repairs.append(f"config.json: tie_word_embeddings set to false, because {head} differs from the embedding")
     return True
 
 

@@ -19,7 +19,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        _report(args, f"{error}; install the extra this command needs: pip install 'florence2-triton[{args.extra}]'")
+        _report(
+            args,
+            f"{error}; install the extra this command needs: pip install 'florence2-triton[{args.extra}]'",
+        )
     except (ValueError, RuntimeError, OSError) as error:
         _report(args, str(error))
     return 1

@@ -56,9 +56,7 @@ def run(args: argparse.Namespace) -> int:
         server.wait_ready(progress=_say)
         _say(_endpoints(server))
         code = server.wait()
-        raise ServerError(
-            f"the server stopped by itself with code {code}; its log ends:\n{server.log_tail()}"
-        )
+        raise ServerError(f"the server stopped by itself with code {code}; its log ends:\n{server.log_tail()}")
     except KeyboardInterrupt:
         _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
         try:
@@ -94,11 +92,7 @@ def _follow_log(server: "TritonServer") -> None:
 def _warn_of_open_wheel(server: "TritonServer") -> None:
     from florence2_release.server import ipv4
 
-    if (
-        server.installation
-        and server.installation.wheel
-        and not ipaddress.ip_address(ipv4(server.host)).is_loopback
-    ):
+    if server.installation and server.installation.wheel and not ipaddress.ip_address(ipv4(server.host)).is_loopback:
         print(
             f"warning: {server.host} is open to the network, and nvidia-pytriton's server is Triton 24.10, "
             "without the security fixes since: use NVIDIA's image there",

@@ -1,5 +1,7 @@
 """The encoder and decoder graphs in ONNX Runtime, caches included."""
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
 Ids = NDArray[np.int64]
+
+CPU = ("CPUExecutionProvider",)
 
 
 @dataclass
@@ -28,13 +32,15 @@ class Caches:
 class GraphRunner:
     """Runs `encoder.onnx` once per request and `decoder.onnx` once per step."""
 
-    def __init__(self, folder: Path, providers: Sequence[str] = ("CPUExecutionProvider",), threads: int = 0) -> None:
+    def __init__(self, folder: Path, providers: Sequence[str] = CPU, threads: int = 0) -> None:
         self.encoder = session(folder / "encoder.onnx", providers, threads)
         self.decoder = session(folder / "decoder.onnx", providers, threads)
         self._encoder_outputs = [output.name for output in self.encoder.get_outputs()]
         self._decoder_outputs = [output.name for output in self.decoder.get_outputs()]
         inputs = {graph_input.name: graph_input.shape for graph_input in self.decoder.get_inputs()}
-        self._past_shapes = {name: shape for name, shape in inputs.items() if name.endswith((".decoder.key", ".decoder.value"))}
+        self._past_shapes = {
+            name: shape for name, shape in inputs.items() if name.endswith((".decoder.key", ".decoder.value"))
+        }
 
     def encode(self, image_features: NDArray[np.float32], prompts: Sequence[Ids], num_beams: int) -> Caches:
         """`image_features` [B, N, D] and one prompt of token ids per request -> their caches, nothing decoded yet."""
@@ -76,16 +82,26 @@ class GraphRunner:
         return ids, logprobs
 
 
-def session(path: Path, providers: Sequence[str], threads: int) -> "InferenceSession":
-    """An ONNX Runtime session; `threads` 0 leaves the number to ONNX Runtime (one per physical core)."""
+def session(path: Path, providers: Sequence[str] = CPU, threads: int = 0) -> "InferenceSession":
+    """An ONNX Runtime session; `threads` 0 takes every core this process may use."""
     # Imported here: what reads token ids and settings only must not need ONNX Runtime.
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or available_cores()
     # Triton runs several sessions on the same cores; threads that spin while idle would slow the others down.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+
+
+def available_cores() -> int:
+    """Cores by affinity and by the container's quota, which ONNX Runtime doesn't look at."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
+        return cores
 
 
 def _as_past(name: str) -> str:

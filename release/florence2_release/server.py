@@ -153,9 +153,7 @@ def ipv4(host: str) -> str:
     try:
         return socket.gethostbyname(host)
     except OSError as error:
-        raise ServerError(
-            f"cannot listen on {host!r}: give an IPv4 address or a name that has one"
-        ) from error
+        raise ServerError(f"cannot listen on {host!r}: give an IPv4 address or a name that has one") from error
 
 
 def _bind(address: str, port: int, what: str) -> socket.socket:
@@ -167,9 +165,7 @@ def _bind(address: str, port: int, what: str) -> socket.socket:
     except (OSError, OverflowError) as error:
         holder.close()
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise ServerError(
-                f"port {port} ({what}) is in use: stop what listens there or name another"
-            ) from error
+            raise ServerError(f"port {port} ({what}) is in use: stop what listens there or name another") from error
         raise ServerError(f"cannot listen on {address} port {port} ({what}): {error}") from error
     return holder
 
@@ -366,9 +362,7 @@ class TritonServer:
             if not self.is_alive():
                 raise ServerError(f"the server stopped before it was ready: {failure(self.log_text())}")
             if now - began > timeout:
-                raise ServerError(
-                    f"the server is not ready after {timeout:.0f} s: {failure(self.log_text())}"
-                )
+                raise ServerError(f"the server is not ready after {timeout:.0f} s: {failure(self.log_text())}")
             if progress and now - told >= 2:
                 progress(f"{loading(self.log_text())} ({now - began:.0f} s)")
                 told = now
@@ -419,9 +413,7 @@ class TritonServer:
 
 # --- what the log says --------------------------------------------------------------------------------------
 
-_ERROR_LINE = re.compile(
-    r"^(?:E\d{4} \S+ \d+ \S+\] |error: |\[libprotobuf ERROR [^\]]*\] )(.*)$", re.MULTILINE
-)
+_ERROR_LINE = re.compile(r"^(?:E\d{4} \S+ \d+ \S+\] |error: |\[libprotobuf ERROR [^\]]*\] )(.*)$", re.MULTILINE)
 _CAUSE = re.compile(r"^(failed to load ('|model ')|Poll failed|Error parsing)")
 # The first is on every machine without a GPU; the others repeat what the model's own line says.
 _ECHO = re.compile(
@@ -454,9 +446,7 @@ def loading(log: str) -> str:
     waiting = [name for name in wanted if name not in loaded]
     if not wanted:
         return "starting the server"
-    return f"{len(loaded)} of {len(wanted)} models loaded" + (
-        f", waiting for {', '.join(waiting)}" if waiting else ""
-    )
+    return f"{len(loaded)} of {len(wanted)} models loaded" + (f", waiting for {', '.join(waiting)}" if waiting else "")
 
 
 # --- the keeper ---------------------------------------------------------------------------------------------

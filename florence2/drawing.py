@@ -1,0 +1,60 @@
+"""An answer drawn over its picture."""
+
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+_COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#000075")
+
+
+def draw(image: Image.Image, answer: dict[str, Any]) -> Image.Image:
+    """A copy of the upright RGB picture with the boxes, quads and polygons of `{task: value}`, labels and scores. Texts have
+    nothing to draw: the copy is then the picture."""
+    picture = image.convert("RGB")
+    for value in answer.values():
+        if isinstance(value, dict):
+            _Canvas(picture).draw(value)
+    return picture
+
+
+class _Canvas:
+    def __init__(self, picture: Image.Image) -> None:
+        self.pen = ImageDraw.Draw(picture, "RGBA")
+        self.unit = max(picture.size) / 640
+        self.font = ImageFont.load_default(size=max(10, 14 * self.unit))
+        self.colours: dict[str, str] = {}
+
+    def draw(self, value: dict[str, Any]) -> None:
+        for kind, labels, scores in (
+            ("bboxes", "labels", "scores"),
+            ("bboxes", "bboxes_labels", "scores"),
+            ("quad_boxes", "labels", "scores"),
+            ("polygons", "labels", "scores"),
+            ("polygons", "polygons_labels", "polygons_scores"),
+        ):
+            if kind in value and labels in value:
+                for shape, label, score in zip(value[kind], value[labels], value[scores], strict=True):
+                    self._instance(kind, shape, label, score)
+
+    def _instance(self, kind: str, shape: list[Any], label: str, score: float) -> None:
+        colour = self.colours.setdefault(label, _COLOURS[len(self.colours) % len(_COLOURS)])
+        outlines = shape if kind == "polygons" else [_corners(shape) if kind == "bboxes" else shape]
+        width = max(2, round(2.5 * self.unit))
+        for outline in outlines:
+            points = list(zip(outline[0::2], outline[1::2], strict=True))
+            if kind == "polygons" and len(points) > 2:
+                self.pen.polygon(points, fill=colour + "40")
+            self.pen.line([*points, points[0]], fill=colour, width=width, joint="curve")
+        self._tag(min(outlines[0][0::2]), min(outlines[0][1::2]), f"{label} {score:.2f}".strip(), colour)
+
+    def _tag(self, x: float, y: float, text: str, colour: str) -> None:
+        left, top, right, bottom = self.pen.textbbox((x, y), text, font=self.font, anchor="lb")
+        # A tag that would stick out at the top goes inside.
+        shift = max(0.0, -top)
+        self.pen.rectangle((left - 1, top + shift, right + 1, bottom + shift), fill=colour)
+        self.pen.text((x, y + shift), text, fill="white", font=self.font, anchor="lb")
+
+
+def _corners(box: list[float]) -> list[float]:
+    x1, y1, x2, y2 = box
+    return [x1, y1, x2, y1, x2, y2, x1, y2]

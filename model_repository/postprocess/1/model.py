@@ -1,0 +1,35 @@
+"""The answer's tokens -> text and structured answer, in pixels of the picture that was sent."""
+
+import json
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from florence2.answers import AnswerParser, Detokenizer
+from florence2.manifest import Manifest
+from florence2.prompts import parse
+from florence2.triton import respond, strings, tensor, version_folder
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        folder = version_folder(args)
+        manifest = Manifest.read(folder)
+        self.bins = manifest.sizes.location_bins
+        self.detokenize = Detokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        self.parser = AnswerParser(manifest.banned_grounding_phrases, self.bins)
+
+    def execute(self, requests):
+        return [respond(self._answer, request) for request in requests]
+
+    def _answer(self, request):
+        prompt = parse(strings(request, "prompt")[0].decode(), self.bins)
+        width, height = tensor(request, "image_size")[0].tolist()
+        decoded = self.detokenize(tensor(request, "token_ids")[0].tolist())
+        # The decoder start has no log-probability; a box never holds it.
+        logprobs = np.concatenate([[0.0], tensor(request, "token_logprobs")[0]])
+        answer = {prompt.key: self.parser.parse(prompt.task, decoded, logprobs, (width, height))}
+        return {
+            "answer": np.array([[json.dumps(answer, ensure_ascii=False)]], np.object_),
+            "text": np.array([[decoded.text]], np.object_),
+        }

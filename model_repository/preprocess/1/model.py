@@ -1,0 +1,37 @@
+"""Image bytes and prompt -> pixels at the model's size and prompt token ids."""
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from florence2.errors import InvalidRequest
+from florence2.images import Limits, Resizer, decode
+from florence2.manifest import Manifest, read_json
+from florence2.prompts import PromptEncoder
+from florence2.triton import parameters, respond, strings, version_folder
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        folder = version_folder(args)
+        given = parameters(args)
+        self.limits = Limits(float(given["max_megapixels"]), float(given["max_megabytes"]))
+        self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.prompts = PromptEncoder(tokenizer, Manifest.read(folder).sizes)
+
+    def execute(self, requests):
+        return [respond(self._answer, request) for request in requests]
+
+    def _answer(self, request):
+        (image_file,) = strings(request, "image")
+        (prompt,) = strings(request, "prompt")
+        try:
+            input_ids = self.prompts.encode(prompt.decode())
+        except UnicodeDecodeError:
+            raise InvalidRequest("the prompt is not UTF-8") from None
+        image = decode(image_file, self.limits)
+        return {
+            "pixels": self.resizer(image)[None],
+            "input_ids": input_ids[None],
+            "image_size": np.array([image.size], np.int64),
+        }
