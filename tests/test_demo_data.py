@@ -232,7 +232,7 @@ def test_processes_share_every_batch_and_every_epoch_meets_each_picture_once():
 
 
 def test_the_rate_rises_and_falls():
-    stage = Stage("text", steps=100, batch=1, rate=1.0, warm_up=0.1, decay=0.5)
+    stage = Stage("text", steps=100, batch=1, rate=1.0, warm_up=10, decay=0.5)
     assert stage.rate_at(0) == pytest.approx(0.1)
     assert stage.rate_at(30) == 1.0
     assert stage.rate_at(99) < 0.01

@@ -21,13 +21,14 @@ class Stage:
     steps: int
     batch: int
     rate: float
-    warm_up: float = 0.03
+    warm_up: int = 66
+    """Steps in which the rate rises."""
     decay: float = 0.3
-    """Parts of the steps; between them the rate is constant."""
+    """The part of the steps, at the end, in which it falls; in between it is constant."""
 
     def rate_at(self, step: int) -> float:
-        done = (step + 1) / self.steps
-        return self.rate * min(1.0, done / self.warm_up, (1 - done) / self.decay + 1e-3)
+        left = 1 - (step + 1) / self.steps
+        return self.rate * min(1.0, (step + 1) / self.warm_up, left / self.decay + 1e-3)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from florence2_training.demo.gallery import draw_gallery, open_gallery
 from florence2_training.demo.lessons import Lessons
 from florence2_training.demo.stage import Share, Stage, fit, shared
 
-_TOWER = Stage("tower", steps=2200, batch=64, rate=1e-3)
+_TOWER = Stage("tower", steps=1700, batch=64, rate=1e-3)
 _TEXT = Stage("text", steps=3000, batch=64, rate=1e-3)
 _JOINT = Stage("joint", steps=700, batch=64, rate=3e-4, decay=0.6)
 
