@@ -93,7 +93,8 @@ def load_model(repository: Path, name: str, version: int = 1) -> Any:
 
 def _module(path: Path, name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -103,5 +104,3 @@ def run(model: Any, requests: list[Request]) -> list[InferenceResponse]:
     responses = model.execute(requests)
     assert len(responses) == len(requests)
     return responses
-
-

@@ -98,7 +98,7 @@ def test_refusals(export: Path, tmp_path: Path) -> None:
         install(tmp_path, tmp_path / "repository")
     strange = tmp_path / "strange"
     (strange / "resnet").mkdir(parents=True)
-    with pytest.raises(ValueError, match="not a model repository of florence2.*resnet"):
+    with pytest.raises(ValueError, match=r"not a model repository of florence2.*resnet"):
         install(export, strange)
     (export / "decoder.onnx").unlink()
     with pytest.raises(ValueError, match=r"lacks decoder\.onnx"):

@@ -12,14 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from florence2_release.server import (
-    ServerError,
-    TritonServer,
-    _check_libraries,
-    failure,
-    find_tritonserver,
-    loading,
-)
+from florence2_release.installation import ServerError, check_libraries, find_tritonserver
+from florence2_release.log import failure, loading
+from florence2_release.server import TritonServer
 
 try:
     find_tritonserver()
@@ -142,9 +137,7 @@ def test_a_broken_model_is_named_with_its_exception(tmp_path: Path):
     repository = write_model(tmp_path / "repository", "no_weights", BROKEN)
     told: list[str] = []
     with (
-        pytest.raises(
-            ServerError, match=r"failed to load 'no_weights' version 1.*ValueError: there are no weights"
-        ),
+        pytest.raises(ServerError, match=r"failed to load 'no_weights' version 1.*ValueError: there are no weights"),
         TritonServer(repository) as server,
     ):
         server.wait_ready(progress=told.append)
@@ -154,9 +147,7 @@ def test_a_broken_model_is_named_with_its_exception(tmp_path: Path):
 @server_test
 def test_two_servers_at_once(repository: Path):
     with TritonServer(repository, cache_size=1 << 20) as one, TritonServer(repository) as other:
-        ports = {
-            s.__dict__[port] for s in (one, other) for port in ("http_port", "grpc_port", "metrics_port")
-        }
+        ports = {s.__dict__[port] for s in (one, other) for port in ("http_port", "grpc_port", "metrics_port")}
         assert len(ports) == 6
         for server in (one, other):
             server.wait_ready()
@@ -173,9 +164,7 @@ def test_nothing_is_left_when_the_parent_is_killed(repository: Path):
         "server = TritonServer(sys.argv[1]); server.start(); server.wait_ready()\n"
         "print(server.pid, flush=True); time.sleep(60)"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, repository], stdout=subprocess.PIPE, text=True
-    ) as parent:
+    with subprocess.Popen([sys.executable, "-c", code, repository], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout
         group = int(parent.stdout.readline())
         assert len(processes(group)) == 2
@@ -288,9 +277,7 @@ def test_a_port_in_use_is_named(repository: Path):
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "::1"])
-def test_a_host_to_listen_on_needs_an_ipv4_address(
-    repository: Path, host: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_host_to_listen_on_needs_an_ipv4_address(repository: Path, host: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("florence2_release.server.find_tritonserver", lambda: None)
     with pytest.raises(ServerError, match="cannot listen on"):
         TritonServer(repository, host=host).start()
@@ -321,9 +308,9 @@ def test_without_any_tritonserver_the_error_says_what_to_install(monkeypatch: py
 def test_a_missing_libpython_is_told_with_its_package(monkeypatch: pytest.MonkeyPatch):
     listing = "\tlibc.so.6 => /lib/libc.so.6 (0x0)\n\tlibpython3.12.so.1.0 => not found\n"
     answer = subprocess.CompletedProcess([], 127, stdout=listing)
-    monkeypatch.setattr("florence2_release.server.subprocess.run", lambda *args, **options: answer)
+    monkeypatch.setattr("florence2_release.installation.subprocess.run", lambda *args, **options: answer)
     with pytest.raises(ServerError, match=r"needs libpython3\.12\.so\.1\.0, .* apt install libpython3\.12,"):
-        _check_libraries(Path("stub"), {})
+        check_libraries(Path("stub"), {})
 
 
 LOG = r"""

@@ -17,7 +17,8 @@ import pytest
 from conftest import DEMO_CHECKPOINT, MICROSOFT_FIXTURE
 from florence2_client import Answer, Florence2Client, ServerRefused
 from florence2_release.install import install
-from florence2_release.server import ServerError, TritonServer, find_tritonserver
+from florence2_release.installation import ServerError, find_tritonserver
+from florence2_release.server import TritonServer
 from PIL import Image
 
 try:
@@ -156,8 +157,15 @@ def test_refusals_have_a_code_and_a_reason(demo: TritonServer, protocol: str, ki
 
 @pytest.mark.parametrize(
     "settings",
-    [{"num_beams": 0}, {"num_beams": 9}, {"max_new_tokens": 0}, {"max_new_tokens": 512}, {"no_repeat_ngram_size": -1}]
-    + [{"length_penalty": float("nan")}, {"length_penalty": float("inf")}],
+    [
+        {"num_beams": 0},
+        {"num_beams": 9},
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 512},
+        {"no_repeat_ngram_size": -1},
+        {"length_penalty": float("nan")},
+        {"length_penalty": float("inf")},
+    ],
     ids=str,
 )
 def test_settings_out_of_range(demo: TritonServer, settings: dict[str, Any]) -> None:

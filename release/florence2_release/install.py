@@ -27,8 +27,8 @@ FILES: dict[str, tuple[str, ...]] = {
 def install(export: Path, repository: Path) -> int:
     """Install the export as the next release, number 1 in a new repository, and return its number.
 
-    What is served at the next start is this release. Releases before it stay as they are. Raises ValueError if `export` is
-    not a whole export or `repository` is something else than a model repository of ours.
+    What is served at the next start is this release. Releases before it stay as they are. Raises ValueError if `export`
+    is not a whole export or `repository` is something else than a model repository of ours.
     """
     manifest = Manifest.read(export)
     missing = [name for name in manifest.files if not (export / name).is_file()]
