@@ -4,9 +4,9 @@ The grammar is that of HF's `Florence2PostProcessor`. Deliberate differences fro
 
 - Boxes are floats (transformers truncates to integers; Microsoft's processor, like this one, does not).
 - `scores` beside every list of boxes: exp of the mean log-probability of the box's location tokens, Microsoft's
-  `SCORE_MODE = "avg_loc_scores"`, here for every task with boxes and per instance for polygons.
-- Labels keep letters outside ASCII (HF drops them), and characters whose bytes spread over several tokens are put together.
-- An instance whose coordinates are fewer than one point is left out instead of being an empty polygon.
+  `SCORE_MODE = "avg_loc_scores"`, here for every task with boxes and per instance for polygons. Microsoft's code steps
+  over matched text only, so behind text that belongs to no instance it takes other tokens' scores; this one does not.
+- Labels of boxes keep letters outside ASCII; HF drops them.
 """
 
 import codecs
@@ -62,11 +62,11 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         alphabet = {character: byte for byte, character in _byte_alphabet().items()}
-        added = tokenizer.get_added_tokens_decoder()
-        self._bytes: dict[int, bytes] = {token_id: token.content.encode() for token_id, token in added.items()}
-        for token, token_id in tokenizer.get_vocab(with_added_tokens=False).items():
-            if token_id not in self._bytes:
-                self._bytes[token_id] = bytes(alphabet[character] for character in token)
+        self._bytes: dict[int, bytes] = {}
+        for token, token_id in tokenizer.get_vocab(with_added_tokens=True).items():
+            # A token with a character outside the alphabet stands for itself: tokenizers' ByteLevel decoder.
+            known = all(character in alphabet for character in token)
+            self._bytes[token_id] = bytes(alphabet[character] for character in token) if known else token.encode()
 
     def __call__(self, token_ids: Sequence[int]) -> Decoded:
         """Ids that the tokenizer does not know, such as padded vocabulary rows, decode to nothing."""
@@ -89,8 +89,8 @@ class AnswerParser:
     def parse(self, task: Task | None, decoded: Decoded, logprobs: ArrayLike, size: Size) -> Any:
         """The value under the task's key.
 
-        `logprobs` f32: one per token of `decoded`; `size`: (width, height) of the picture the answer is about. Texts are
-        strings; everything else is a dict of lists, as `post_process_generation` gives it, `scores` added.
+        `logprobs` f32: one per token of `decoded`; `size`: (width, height) of the picture the answer is about. Texts
+        are strings; everything else is a dict of lists, as `post_process_generation` gives it, `scores` added.
         """
         kind = task.answer if task else AnswerKind.PURE_TEXT
         if kind is AnswerKind.PURE_TEXT:
@@ -108,7 +108,7 @@ class AnswerParser:
             return _columns(reader.boxes(text, _BARE_BOXES), "bboxes", "labels", "scores")
         if kind is AnswerKind.POLYGONS:
             return _columns(reader.polygons(text, _BARE_POLYGONS), "polygons", "labels", "scores")
-        polygons = "<poly>" in text.text
+        polygons = "<poly>" in decoded.text
         return {
             **_columns([] if polygons else reader.boxes(text, _LABELLED_BOXES), "bboxes", "bboxes_labels", "scores"),
             **_columns(

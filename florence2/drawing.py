@@ -8,8 +8,9 @@ _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#
 
 
 def draw(image: Image.Image, answer: dict[str, Any]) -> Image.Image:
-    """A copy of the upright RGB picture with the boxes, quads and polygons of `{task: value}`, labels and scores. Texts have
-    nothing to draw: the copy is then the picture."""
+    """A copy of the upright RGB picture with the boxes, quads and polygons of `{task: value}`, labels and scores.
+
+    Texts have nothing to draw: the copy is then the picture."""
     picture = image.convert("RGB")
     for value in answer.values():
         if isinstance(value, dict):
@@ -20,6 +21,7 @@ def draw(image: Image.Image, answer: dict[str, Any]) -> Image.Image:
 class _Canvas:
     def __init__(self, picture: Image.Image) -> None:
         self.pen = ImageDraw.Draw(picture, "RGBA")
+        self.size = picture.size
         self.unit = max(picture.size) / 640
         self.font = ImageFont.load_default(size=max(10, 14 * self.unit))
         self.colours: dict[str, str] = {}
@@ -39,20 +41,27 @@ class _Canvas:
     def _instance(self, kind: str, shape: list[Any], label: str, score: float) -> None:
         colour = self.colours.setdefault(label, _COLOURS[len(self.colours) % len(_COLOURS)])
         outlines = shape if kind == "polygons" else [_corners(shape) if kind == "bboxes" else shape]
+        # A polygon of one coordinate has no point.
+        outlines = [outline for outline in outlines if outline]
+        if not outlines:
+            return
         width = max(2, round(2.5 * self.unit))
         for outline in outlines:
             points = list(zip(outline[0::2], outline[1::2], strict=True))
             if kind == "polygons" and len(points) > 2:
                 self.pen.polygon(points, fill=colour + "40")
             self.pen.line([*points, points[0]], fill=colour, width=width, joint="curve")
-        self._tag(min(outlines[0][0::2]), min(outlines[0][1::2]), f"{label} {score:.2f}".strip(), colour)
+        text = " ".join(f"{label} {score:.2f}".split())
+        self._tag(min(outlines[0][0::2]), min(outlines[0][1::2]), text, colour)
 
     def _tag(self, x: float, y: float, text: str, colour: str) -> None:
         left, top, right, bottom = self.pen.textbbox((x, y), text, font=self.font, anchor="lb")
-        # A tag that would stick out at the top goes inside.
-        shift = max(0.0, -top)
-        self.pen.rectangle((left - 1, top + shift, right + 1, bottom + shift), fill=colour)
-        self.pen.text((x, y + shift), text, fill="white", font=self.font, anchor="lb")
+        left, right = left - 1, right + 1
+        # What would stick out goes inside; of a tag wider than the picture the beginning is seen.
+        across = max(0.0 - left, min(0.0, self.size[0] - 1 - right))
+        down = max(0.0 - top, min(0.0, self.size[1] - 1 - bottom))
+        self.pen.rectangle((left + across, top + down, right + across, bottom + down), fill=colour)
+        self.pen.text((x + across, y + down), text, fill="white", font=self.font, anchor="lb")
 
 
 def _corners(box: list[float]) -> list[float]:

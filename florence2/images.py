@@ -11,46 +11,65 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from florence2.errors import InvalidRequest
 
 # PIL opens what many phones write under the name .jpg, MPO, as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_BASE64 = re.compile(rb"\s*(?:data:[\w/+.-]*;base64,)?([A-Za-z0-9+/\s]+=*\s*)")
+PIL_MEGAPIXELS = 178
+"""PIL opens nothing larger than twice its MAX_IMAGE_PIXELS."""
+_DATA_URL = re.compile(rb"\s{0,8}data:[\w/+.;=-]{0,100};base64,", re.IGNORECASE)
+_FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_WHITESPACE = b" \t\r\n\f\v"
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
+_UPRIGHT: dict[Any, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what makes the picture upright."""
 
 
 @dataclass(frozen=True)
 class Limits:
     megapixels: float = 100
+    """At most PIL_MEGAPIXELS count."""
     megabytes: float = 50
     """Of the encoded file, 1 MB = 10**6 bytes."""
 
 
 def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:
-    """An encoded image file, or the same base64-encoded -> its first frame, upright, mode RGB.
+    """An encoded image file, or the same in base64 -> its first frame, upright, mode RGB.
 
-    Alpha is dropped and palettes are expanded as PIL's `convert("RGB")` does, which is what users of HF's processors call;
+    base64: the standard or the URL-safe alphabet, padded, with or without line breaks and a data URL's head. Alpha is
+    dropped and palettes are expanded as PIL's `convert("RGB")` does, which is what users of HF's processors call;
     16-bit grey keeps its range. Raises InvalidRequest for what is no image, broken, or past the limits.
     """
     data = _plain(data, limits)
     with warnings.catch_warnings():
-        # Our own limit is checked below, before any pixel is decoded.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        # PIL warns of what is refused below, and of damage that doesn't matter.
+        warnings.simplefilter("ignore")
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         except Image.DecompressionBombError:
-            raise InvalidRequest(f"the image has more than {limits.megapixels:g} megapixels") from None
+            allowed = min(limits.megapixels, PIL_MEGAPIXELS)
+            raise InvalidRequest(f"the image has too many pixels; {allowed:g} megapixels are allowed") from None
         except Exception:
             raise InvalidRequest(
                 "the image can't be read: it is none of JPEG, PNG, WebP, BMP, TIFF and GIF, or damaged"
             ) from None
-        megapixels = image.width * image.height / 1e6
-        if megapixels > limits.megapixels:
-            raise InvalidRequest(f"the image has {megapixels:.1f} megapixels; {limits.megapixels:g} are allowed")
+        if image.width * image.height > limits.megapixels * 1e6:
+            raise InvalidRequest(
+                f"the image has {image.width} x {image.height} pixels; {limits.megapixels:g} megapixels are allowed"
+            )
         try:
             image.load()
-            return _rgb(ImageOps.exif_transpose(image))
+            return _rgb(_upright(image))
         except Exception as error:
             raise InvalidRequest(f"the image is damaged or cut short ({error})") from None
 
@@ -69,18 +88,29 @@ class Resizer:
 
 
 def _plain(data: bytes, limits: Limits) -> bytes:
-    if not data:
-        raise InvalidRequest("the image is empty; send an encoded image file, or the same in base64")
-    # No image format starts with a letter run that is also whole base64, so the test can't mistake a file.
-    text = _BASE64.fullmatch(data)
-    if text:
+    # Every format has bytes outside base64 in its header, so the test can't mistake a file.
+    url = _DATA_URL.match(data)
+    text = data[url.end() if url else 0 :].translate(_FROM_URL_SAFE, _WHITESPACE)
+    if not text.translate(None, _BASE64):
         try:
-            data = base64.b64decode(b"".join(text.group(1).split()), validate=True)
+            data = base64.b64decode(text, validate=True)
         except binascii.Error:
             raise InvalidRequest("the image is no image file and its base64 is damaged or cut short") from None
+    if not data:
+        raise InvalidRequest("the image is empty; send an encoded image file, or the same in base64")
     if len(data) > limits.megabytes * 1e6:
-        raise InvalidRequest(f"the image file has {len(data) / 1e6:.1f} MB; {limits.megabytes:g} MB are allowed")
+        raise InvalidRequest(f"the image file has {len(data)} bytes; {limits.megabytes:g} MB are allowed")
     return data
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose also writes the EXIF block anew, and fails where that has a tag it can't write.
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
+        # A damaged EXIF block says nothing; the pixels are whole.
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -1,7 +1,8 @@
 """The coordinate rule of Florence-2: a picture's width and height are cut into equal bins, one token each.
 
-Encoding takes the floor and clamps into the picture; decoding gives the centre of the bin. Source: `BoxQuantizer(mode="floor")`
-in Microsoft's processing_florence2.py. Microsoft returns floats and so do we; transformers truncates them to integers.
+Encoding takes the floor and clamps into the picture; decoding gives the centre of the bin. Source:
+`BoxQuantizer(mode="floor")` in Microsoft's processing_florence2.py. It returns floats and so do we; transformers truncates
+them to integers.
 """
 
 import numpy as np
@@ -12,9 +13,11 @@ Size = tuple[int, int]
 
 
 def quantize(points: ArrayLike, size: Size, bins: int = 1000) -> NDArray[np.int64]:
-    """Pixels to bins: `[..., 2 * n]` coordinates x, y, x, y, ... of a picture of `size` to the same shape of bin numbers."""
+    """Pixels of a picture of `size` to bins: `[..., 2 * n]` coordinates x, y, x, y, ... to the same shape."""
     flat = np.asarray(points, dtype=np.float64)
     per_bin = _per_bin(flat.shape, size, bins)
+    if np.isnan(flat).any():
+        raise ValueError("a coordinate is not a number")
     return np.clip(np.floor(flat / per_bin), 0, bins - 1).astype(np.int64)
 
 

@@ -12,7 +12,9 @@ from florence2.manifest import Sizes
 from florence2.tasks import TASKS, Takes, Task
 
 _LEADING_TOKEN = re.compile(r"\s*<(\w+)>")
-_LOCATION = re.compile(r"<loc_(\d+)>")
+# As the tokens are written: <loc_007> would be read as text.
+_LOCATION = re.compile(r"<loc_(0|[1-9][0-9]{0,5})>")
+_IMAGE = "<image>"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ class PromptEncoder:
         """[S] token ids, `<s>` and `</s>` included. Raises InvalidRequest if the prompt can't be used."""
         text = parse(prompt, self.sizes.location_bins).text
         ids = self.tokenizer.encode(f"<s>{text}</s>", add_special_tokens=False).ids
+        image = self.tokenizer.token_to_id(_IMAGE)
+        for token_id in ids:
+            if token_id == image or token_id >= self.sizes.vocab_size:
+                raise InvalidRequest(f"the prompt holds {self.tokenizer.id_to_token(token_id)}; leave it out")
         room = self.sizes.max_position_embeddings - self.sizes.image_tokens
         if len(ids) > room:
             raise InvalidRequest(
