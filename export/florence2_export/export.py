@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def export(source: str, output: Path, revision: str | None = None) -> Manifest:
-    """Export `source`, a folder or hub id, to `output`. Done already, it returns at once; on failure `output` is as before.
+    """Export `source`, a folder or hub id, to `output`. Done already, it returns at once; on failure `output` stays.
 
     Raises CheckpointError for a checkpoint that can't be read, ValueError for one that can't be exported faithfully.
     """

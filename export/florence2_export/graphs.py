@@ -22,6 +22,9 @@ end token), and num_beams goes up to 8. All of them can stem from one beam, so e
 class VisionEncoder(nn.Module):
     """`pixels` u8 [B, H, W, 3], resized, RGB -> `image_features` [B, N, D]."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, model: Any, preprocessor: dict[str, Any]) -> None:
         super().__init__()
         self.vision_tower = model.model.vision_tower
@@ -59,7 +62,7 @@ class Encoder(nn.Module):
         self.cross = nn.ModuleList(layer.encoder_attn for layer in language_model.decoder.layers)
 
     def forward(self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-        encoder = self.encoder
+        encoder: Any = self.encoder
         image_mask = attention_mask.new_ones(image_features.shape[:2])
         mask = torch.cat([image_mask, attention_mask], dim=1)
         embedded = torch.cat([image_features, encoder.embed_tokens(input_ids)], dim=1)
@@ -75,7 +78,8 @@ class Encoder(nn.Module):
             hidden = layer.self_attn_layer_norm(hidden + attended)
             hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
         caches = []
-        for attention in self.cross:
+        cross: Any = self.cross
+        for attention in cross:
             caches.append(_split(attention.k_proj(hidden), attention.num_heads))
             caches.append(_split(attention.v_proj(hidden), attention.num_heads))
         return [*caches, mask]
@@ -84,12 +88,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """One step of every beam of every request; R = B x num_beams rows, row r belongs to request r // num_beams.
 
-    `input_ids` i64 [B, num_beams]: the last token of each beam. `positions` i64 [B, num_beams]: how many tokens stand before
-    it; a row's cache entries are right-aligned, so its last `positions` ones are read. `beam_indices` i64 [R]: the row whose
-    cache each row continues. `banned_token_ids` i64 [B, num_beams, M]: tokens that may not come next, -1 pads.
+    `input_ids` i64 [B, num_beams]: the last token of each beam. `positions` i64 [B, num_beams]: how many tokens stand
+    before it; a row's cache entries are right-aligned, so its last `positions` ones are read. `beam_indices` i64 [R]:
+    the row whose cache each row continues. `banned_token_ids` i64 [B, num_beams, M]: tokens that may not come next, -1
+    pads.
     Self-attention caches [R, heads, T, head_dim]; cross-attention caches [B, heads, S, head_dim], once per request: its
     beams are the query length of cross-attention.
-    -> `candidate_ids` i64 and `candidate_logprobs` f32 [B, num_beams, CANDIDATES], best first; caches [R, heads, T + 1, head_dim].
+    -> `candidate_ids` i64 and `candidate_logprobs` f32 [B, num_beams, CANDIDATES], best first; caches
+    [R, heads, T + 1, head_dim].
     """
 
     def __init__(self, model: Any) -> None:

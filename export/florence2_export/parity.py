@@ -22,8 +22,8 @@ from florence2_export.checkpoint import Checkpoint
 TOLERANCE = {"fp32": 1e-3}
 """Largest difference allowed in a graph's output, relative to the output's largest value, by precision."""
 AGREEMENT = {"fp32": 0.9}
-"""Share of whole generations that must have the checkpoint's token ids. Less than one: a near tie between two tokens may
-fall either way when sums are rounded in another order."""
+"""Share of whole generations that must have the checkpoint's token ids. Less than one: a near tie between two tokens
+may fall either way when sums are rounded in another order."""
 
 PROMPTS = ("<OD>", "<CAPTION>", "<CAPTION_TO_PHRASE_GROUNDING>a green car")
 NEW_TOKENS = 24
@@ -95,7 +95,7 @@ class Comparison:
 
     @torch.inference_mode()
     def _decoder(self, runner: GraphRunner, hidden: torch.Tensor, mask: torch.Tensor) -> None:
-        """Two random continuations per request, step by step with caches that change rows, against one pass over each."""
+        """Two random continuations per request, step by step with caches that change rows, against a pass over each."""
         requests, beams, steps = len(PROMPTS), 2, 6
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, self.sizes.vocab_size, (requests, beams, steps))

@@ -62,8 +62,8 @@ class GraphRunner:
     def decode(
         self, caches: Caches, input_ids: Ids, positions: Ids, beam_indices: Ids, banned: Sequence[Ids]
     ) -> tuple[Ids, NDArray[np.float32]]:
-        """One step. `input_ids`, `positions` [B, K]; `beam_indices` [R]; `banned` R lists of token ids -> candidate ids and
-        log-probabilities [B, K, C]. The caches move on by one token."""
+        """One step. `input_ids`, `positions` [B, K]; `beam_indices` [R]; `banned` R lists of token ids -> candidate ids
+        and log-probabilities [B, K, C]. The caches move on by one token."""
         widest = max(1, *map(len, banned))
         padded = np.full((len(banned), widest), -1, np.int64)
         for row, tokens in zip(padded, banned, strict=True):

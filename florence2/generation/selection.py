@@ -1,8 +1,8 @@
 """Which tokens come next, for one request: greedy and beam search as `transformers` defines them, in numpy.
 
-No graph is run here. Each step the caller reads `input_ids`, `beam_indices` and `banned_tokens()`, runs the decoder, and
-hands its candidates to `advance`. Arithmetic is float32, as in `GenerationMixin._beam_search` and `_sample` (transformers
-5.13), whose order of operations is kept because it decides ties and the rounding of scores.
+No graph is run here. Each step the caller reads `input_ids`, `beam_indices` and `banned_tokens()`, runs the decoder,
+and hands its candidates to `advance`. Arithmetic is float32, as in `GenerationMixin._beam_search` and `_sample`
+(transformers 5.13), whose order of operations is kept because it decides ties and the rounding of scores.
 """
 
 from dataclasses import dataclass
@@ -37,19 +37,23 @@ class Generation:
 class Selection(Protocol):
     """What the loop needs of a search; K is `num_beams`."""
 
-    input_ids: Ids
-    """[K]: the last token of each beam, next decoder input."""
     beam_indices: Ids
     """[K]: the beam of the previous step that each beam continues, to reorder caches."""
-    length: int
-    """Tokens so far, decoder start included."""
     finished: bool
+
+    @property
+    def input_ids(self) -> Ids:
+        """[K]: the last token of each beam, next decoder input."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, decoder start included."""
 
     def banned_tokens(self) -> list[Ids]:
         """Per beam the tokens that may not come next."""
 
     def advance(self, candidate_ids: Ids, candidate_logprobs: Scores) -> None:
-        """Take one step. Both [K, C], best first: per beam the best tokens after the bans, and their log-probabilities."""
+        """Take one step. Both [K, C], best first: per beam the best tokens after the bans, with log-probabilities."""
 
     def result(self) -> Generation: ...
 
@@ -94,8 +98,8 @@ class GreedySearch:
 
 
 class BeamSearch:
-    """HF's `_beam_search` for a batch of one. Candidates of all beams compete; the best `2 * num_beams` are looked at, so
-    that `num_beams` stay running when some of them end."""
+    """HF's `_beam_search` for a batch of one. Candidates of all beams compete; the best `2 * num_beams` are looked at,
+    so that `num_beams` stay running when some of them end."""
 
     def __init__(self, settings: GenerationSettings) -> None:
         beams, max_length = settings.num_beams, settings.max_length
@@ -186,8 +190,8 @@ class _Ended:
 
 
 def banned_tokens(sequences: Ids, settings: GenerationSettings) -> list[Ids]:
-    """Per row of `sequences` [K, length] the tokens that may not follow: suppressed ones, and those that would complete an
-    n-gram the row already has (HF's NoRepeatNGramLogitsProcessor)."""
+    """Per row of `sequences` [K, length] the tokens that may not follow: suppressed ones, and those that would complete
+    an n-gram the row already has (HF's NoRepeatNGramLogitsProcessor)."""
     length, size = sequences.shape[1], settings.no_repeat_ngram_size
     suppressed = list(settings.suppress_tokens)
     # HF moves begin_suppress_tokens behind a forced first token.
@@ -205,7 +209,7 @@ def banned_tokens(sequences: Ids, settings: GenerationSettings) -> list[Ids]:
 
 
 def forced_token(settings: GenerationSettings, length: int) -> int | None:
-    """The token that must come next after `length` tokens, if any. At a length of two the end wins, as HF applies it last."""
+    """The token that must come next after `length` tokens, if any. Where both apply the end wins, as in HF."""
     if length == settings.max_length - 1 and settings.forced_eos_token_id is not None:
         return settings.forced_eos_token_id
     return settings.forced_bos_token_id if length == 1 else None

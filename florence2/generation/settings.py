@@ -39,7 +39,7 @@ class GenerationSettings:
         check_supported(config)
         given = {key: value for key, value in config.items() if value is not None}
         start = given.get("decoder_start_token_id", given.get("bos_token_id"))
-        eos = given.get("eos_token_id")
+        eos = _single(given.get("eos_token_id"))
         if start is None or eos is None:
             raise ValueError("generation_config.json: decoder_start_token_id and eos_token_id are needed")
         if "max_new_tokens" in given:
@@ -48,7 +48,7 @@ class GenerationSettings:
             max_length = given.get("max_length", DEFAULT_MAX_LENGTH)
         settings = cls(
             decoder_start_token_id=start,
-            eos_token_id=_single(eos),
+            eos_token_id=eos,
             max_length=min(max_length, positions),
             positions=positions,
             forced_bos_token_id=given.get("forced_bos_token_id"),
@@ -72,7 +72,7 @@ class GenerationSettings:
         early_stopping: bool | str | None = None,
     ) -> "GenerationSettings":
         """The settings of a request that names some of its own. Raises InvalidRequest for one out of range."""
-        changes = {
+        changes: dict[str, Any] = {
             "num_beams": num_beams,
             "max_length": None if max_new_tokens is None else max_new_tokens + 1,
             "no_repeat_ngram_size": no_repeat_ngram_size,
