@@ -63,10 +63,9 @@ def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:
             raise InvalidRequest(
                 "the image can't be read: it is none of JPEG, PNG, WebP, BMP, TIFF and GIF, or damaged"
             ) from None
-        if image.width * image.height > limits.megapixels * 1e6:
-            raise InvalidRequest(
-                f"the image has {image.width} x {image.height} pixels; {limits.megapixels:g} megapixels are allowed"
-            )
+        megapixels = image.width * image.height / 1e6
+        if megapixels > limits.megapixels:
+            raise InvalidRequest(f"the image has {megapixels:.1f} megapixels; {limits.megapixels:g} are allowed")
         try:
             image.load()
             return _rgb(_upright(image))
@@ -99,7 +98,7 @@ def _plain(data: bytes, limits: Limits) -> bytes:
     if not data:
         raise InvalidRequest("the image is empty; send an encoded image file, or the same in base64")
     if len(data) > limits.megabytes * 1e6:
-        raise InvalidRequest(f"the image file has {len(data)} bytes; {limits.megabytes:g} MB are allowed")
+        raise InvalidRequest(f"the image file has {len(data) / 1e6:.1f} MB; {limits.megabytes:g} MB are allowed")
     return data
 
 

@@ -1,8 +1,8 @@
 """The coordinate rule of Florence-2: a picture's width and height are cut into equal bins, one token each.
 
 Encoding takes the floor and clamps into the picture; decoding gives the centre of the bin. Source:
-`BoxQuantizer(mode="floor")` in Microsoft's processing_florence2.py. It returns floats and so do we; transformers truncates
-them to integers.
+`BoxQuantizer(mode="floor")` in Microsoft's processing_florence2.py. It returns floats and so do we; transformers
+truncates them to integers.
 """
 
 import numpy as np
