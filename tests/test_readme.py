@@ -1,0 +1,107 @@
+"""The README's commands, run as they stand: only names of files, the hub id and the ports are replaced."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import DEMO_CHECKPOINT, ROOT
+from florence2_release.install import install
+from florence2_release.installation import ServerError, find_tritonserver
+from florence2_release.server import TritonServer
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def blocks(language: str, containing: str) -> str:
+    (found,) = [code for kind, code in BLOCKS if kind == language and containing in code]
+    return found
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    """A folder with a photo.jpg, as the README supposes."""
+    from PIL import Image
+
+    Image.open(DEMO_CHECKPOINT.parent / "pictures" / "scene-1.png").convert("RGB").save(tmp_path / "photo.jpg")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    try:
+        find_tritonserver()
+    except ServerError as error:
+        pytest.skip(str(error))
+    repository = tmp_path_factory.mktemp("readme") / "models"
+    install(demo_export, repository)
+    with TritonServer(repository) as running:
+        running.wait_ready()
+        yield running
+
+
+def shell(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """With this environment's programs first on the path, stopping at the first command that fails."""
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", code], cwd=folder, env={"PATH": path}, capture_output=True, text=True
+    )
+
+
+def with_ports(code: str, server: TritonServer) -> str:
+    return code.replace("localhost:8001", f"localhost:{server.grpc_port}").replace(
+        "localhost:8000", f"localhost:{server.http_port}"
+    )
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^make (\w+)", blocks("bash", "make demo"), re.MULTILINE))
+    assert targets == {"demo", "test"}
+    for target in targets:
+        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_from_a_checkpoint_to_a_repository(room: Path) -> None:
+    code = blocks("bash", "florence2 export")
+    code = code.replace("microsoft/Florence-2-base-ft", str(DEMO_CHECKPOINT))
+    lines = code.splitlines()
+    # The installation is this environment; a server that runs until stopped has tests of its own.
+    assert lines[0].startswith("pip install")
+    assert lines[-1] == "florence2 serve --repository models"
+    done = shell("\n".join(lines[1:-1]), room)
+    assert done.returncode == 0, done.stderr
+    assert (room / "exports" / "base-ft" / "manifest.json").is_file()
+    assert (room / "models" / "florence2" / "config.pbtxt").is_file()
+
+
+@pytest.mark.server
+def test_ask(room: Path, server: TritonServer) -> None:
+    for line in blocks("bash", "florence2 ask").splitlines():
+        done = shell(f"{line} --url localhost:{server.grpc_port}", room)
+        assert done.returncode == 0, done.stderr
+    assert (room / "boxes.png").is_file()
+
+
+@pytest.mark.server
+def test_python(room: Path, server: TritonServer) -> None:
+    code = with_ports(blocks("python", "Florence2Client"), server)
+    done = subprocess.run([sys.executable, "-c", code], cwd=room, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.server
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(room: Path, server: TritonServer) -> None:
+    done = shell(with_ports(blocks("bash", "curl"), server), room)
+    assert done.returncode == 0, done.stderr
+    assert '"model_name":"florence2"' in done.stdout
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert targets
+    assert [link for link in targets if not (ROOT / link).exists()] == []
