@@ -19,7 +19,7 @@ from florence2_client import Answer, Florence2Client, ServerRefused
 from florence2_release.install import install
 from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.server import TritonServer
-from PIL import Image
+from PIL import Image, ImageOps
 
 try:
     find_tritonserver()
@@ -131,6 +131,17 @@ def test_pictures_of_every_kind(demo: TritonServer) -> None:
             picture.save(buffer, format=mode, **({"lossless": True} if mode == "WEBP" else {}))
             assert connection.ask(buffer.getvalue(), "<OD>").answer == plain.answer
             assert connection.ask(base64.b64encode(buffer.getvalue()), "<OD>").answer == plain.answer
+
+
+def test_a_region_in_pixels_is_the_region_in_locations(demo: TritonServer) -> None:
+    image = PICTURES / "scene-2.jpg"
+    with Image.open(image) as opened:
+        width, height = ImageOps.exif_transpose(opened).size
+    with client(demo) as connection:
+        box = (0.25 * width, 0.5 * height, 0.75 * width, 0.999 * height)
+        pixels = connection.ask(image, "<REGION_TO_CATEGORY>", region=box)
+        locations = connection.ask(image, "<REGION_TO_CATEGORY><loc_250><loc_500><loc_750><loc_999>")
+    assert pixels.token_ids.tolist() == locations.token_ids.tolist()
 
 
 BAD = {

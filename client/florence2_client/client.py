@@ -118,7 +118,7 @@ class Florence2Client:
         """
         data = _file(image)
         if region is not None:
-            prompt += to_text(region, decode(data).size)
+            prompt += _region(region, data)
         options = {
             "num_beams": num_beams,
             "max_new_tokens": max_new_tokens,
@@ -178,6 +178,12 @@ def _protocol(name: str) -> ModuleType:
 
 def _triton_type(dtype: type) -> str:
     return {np.int32: "INT32", np.float32: "FP32", np.bool_: "BOOL"}[dtype]
+
+
+def _region(box: Sequence[float], data: bytes) -> str:
+    if len(box) != 4 or not np.isfinite(box).all() or box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(f"a region is x1, y1, x2, y2 in pixels with x1 < x2 and y1 < y2, not {tuple(box)}")
+    return to_text(box, decode(data).size)
 
 
 def _file(image: Picture) -> bytes:
