@@ -38,7 +38,7 @@ def scalar(request: Any, name: str) -> Any:
 
 
 def respond(answer: Callable[[Any], Mapping[str, NDArray[Any]]], request: Any) -> Any:
-    """The response with what `answer` returns for the request, or with its error: one bad request never hurts another."""
+    """What `answer` returns for the request, or its error, as a response: one bad request never hurts another."""
     try:
         tensors = [pb_utils.Tensor(name, value) for name, value in answer(request).items()]
         return pb_utils.InferenceResponse(output_tensors=tensors)

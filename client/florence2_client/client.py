@@ -19,12 +19,13 @@ from florence2.locations import to_text
 Picture = str | os.PathLike[str] | bytes | Image.Image
 """A path, an encoded image file's bytes, or a PIL image."""
 
-_OPTIONS = {
-    "num_beams": np.int32,
-    "max_new_tokens": np.int32,
-    "no_repeat_ngram_size": np.int32,
-    "length_penalty": np.float32,
-    "early_stopping": np.bool_,
+# Triton's name of the type, and numpy's.
+_OPTIONS: dict[str, tuple[str, Any]] = {
+    "num_beams": ("INT32", np.int32),
+    "max_new_tokens": ("INT32", np.int32),
+    "no_repeat_ngram_size": ("INT32", np.int32),
+    "length_penalty": ("FP32", np.float32),
+    "early_stopping": ("BOOL", np.bool_),
 }
 
 
@@ -41,7 +42,7 @@ class Answer:
     """What the model says of one picture."""
 
     answer: dict[str, Any]
-    """`{task: value}` as HF's `post_process_generation`, with `scores`; coordinates in pixels of the picture as sent."""
+    """`{task: value}` as HF's `post_process_generation`, with `scores`; coordinates in pixels of the picture sent."""
     text: str
     """The generated text, special tokens kept."""
     token_ids: NDArray[np.int64]
@@ -81,7 +82,7 @@ class Florence2Client:
         model: str = "florence2",
         timeout: float = 300,
     ) -> None:
-        """`url` is HOST:PORT of the endpoint that `protocol` ("grpc" or "http") speaks; `timeout` in seconds, per request."""
+        """`url`: HOST:PORT of the endpoint for `protocol`, "grpc" or "http"; `timeout`: seconds per request."""
         self._triton = _protocol(protocol)
         self._protocol = protocol
         self.url, self.model, self.timeout = url, model, timeout
@@ -130,8 +131,8 @@ class Florence2Client:
             self._input("image", "BYTES", np.array([[data]], np.object_)),
             self._input("prompt", "BYTES", np.array([[prompt.encode()]], np.object_)),
             *(
-                self._input(name, _triton_type(dtype), np.array([[options[name]]], dtype))
-                for name, dtype in _OPTIONS.items()
+                self._input(name, datatype, np.array([[options[name]]], dtype))
+                for name, (datatype, dtype) in _OPTIONS.items()
                 if options[name] is not None
             ),
         ]
@@ -174,10 +175,6 @@ def _protocol(name: str) -> ModuleType:
     else:
         raise ValueError(f'protocol must be "grpc" or "http", not {name!r}')
     return module
-
-
-def _triton_type(dtype: type) -> str:
-    return {np.int32: "INT32", np.float32: "FP32", np.bool_: "BOOL"}[dtype]
 
 
 def _region(box: Sequence[float], data: bytes) -> str:
