@@ -33,7 +33,7 @@ test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
 
 soak: .venv/installed
-	$(BIN)/pytest -m soak
+	$(BIN)/pytest -m soak -s
 
 lint: .venv/installed
 	$(BIN)/ruff check $(SOURCES)
