@@ -468,12 +468,12 @@ def test_scores_are_microsofts_where_no_text_was_skipped() -> None:
             continue
         answer, wanted = ours(case)["scores"], case["answer_with_scores"][case["task"]].get("scores", [])
         walked, skipped = microsofts_walk(case)
-        assert walked == pytest.approx(wanted, abs=1e-3)
+        assert walked == pytest.approx(wanted, abs=1e-5)
         for mine, theirs, after_a_gap in zip(answer, wanted, skipped, strict=True):
             if after_a_gap:
                 others += 1
             else:
-                assert mine == pytest.approx(theirs, abs=1e-3)
+                assert mine == pytest.approx(theirs, abs=1e-5)
                 same += 1
     assert same
     assert others
