@@ -94,8 +94,6 @@ def _one_letter_off(a: str, b: str) -> bool:
     """Whether one letter replaced, added or left out makes `a` of `b`."""
     if len(a) > len(b):
         a, b = b, a
-    if len(b) - len(a) > 1:
-        return False
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
     return a[same + (len(a) == len(b)) :] == b[same + 1 :]
 

@@ -103,7 +103,8 @@ def is_hfs(task: str, text: str, size: tuple[int, int]) -> Any:
 
 # Strings like a model's
 
-LABELS = ["car", " door handle ", "the image", "it", "a", "Déjà vu", "日本語", "a.b", "x > y", "  ", "1/2", "é", "I\tt"]
+LABELS = ["car", " door handle ", "the image", "The image", "it", "a", "I\tt", "a.b", "x > y", "1/2", "  "]
+LABELS += ["Déjà vu", "日本語", "é"]
 STRAY = [
     *("<", ">", "<loc_", "loc_5>", "<loc_x>", "<loc_-1>", "<loc_1000>", "<loc_1234>", "<loc_007>", "<loc_٣>"),
     *("<s>", "</s>", "<pad>", "<unk>", "<image>", "<sep>", "<poly>", "</poly>", "<and>", "<ground>", "<obj>"),
