@@ -52,7 +52,8 @@ def export(source: str, output: Path, revision: str | None = None) -> Manifest:
 
 
 def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
-    with tqdm(total=3 + len(GRAPHS), unit="step", leave=False) as bar:
+    # On a terminal only: in a log, or before an error, the bar is noise.
+    with tqdm(total=3 + len(GRAPHS), unit="step", leave=False, disable=None) as bar:
 
         @contextlib.contextmanager
         def step(name: str) -> Iterator[None]:
@@ -85,7 +86,7 @@ def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
         sizes=sizes,
         banned_grounding_phrases=checkpoint.banned_grounding_phrases,
         tools=_tools(),
-        files=_hashes(folder),
+        files={path.name: _sha256(path) for path in sorted(folder.iterdir())},
         parity=asdict(comparison.parity),
     )
     manifest.write(folder)
@@ -93,24 +94,14 @@ def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
 
 
 def sizes_of(checkpoint: Checkpoint) -> Sizes:
-    config, size = checkpoint.model.config, checkpoint.preprocessor["size"]
     # transformers types its sub-configs as dicts too.
-    text: Any = config.text_config
-    vision: Any = config.vision_config
-    height, width = size["height"], size["width"]
-    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
-        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
-    if max(height, width) > vision.max_position_embeddings:
-        raise ValueError(
-            f"pictures of {size['width']} x {size['height']} make a map of {width} x {height}, but the checkpoint has "
-            f"{vision.max_position_embeddings} image positions a side; set a smaller size in its preprocessor config"
-        )
+    text: Any = checkpoint.model.config.text_config
+    size = checkpoint.preprocessor["size"]
     locations = sum(bool(re.fullmatch(r"<loc_\d+>", token)) for token in checkpoint.tokenizer.get_vocab())
     return Sizes(
         image_height=size["height"],
         image_width=size["width"],
-        # The pooled token comes on top of the map.
-        image_tokens=height * width + 1,
+        image_tokens=checkpoint.preprocessor["image_seq_length"],
         d_model=text.d_model,
         vocab_size=checkpoint.model.lm_head.out_features,
         decoder_layers=text.decoder_layers,
@@ -168,22 +159,23 @@ def _existing(output: Path) -> Manifest | None:
         return None
     if not (output / FILE_NAME).is_file():
         raise ValueError(f"{output} exists and is not an export; give another --output, or remove it")
-    return Manifest.read(output)
+    try:
+        return Manifest.read(output)
+    except ValueError as error:
+        raise ValueError(f"{error}; give another --output, or remove {output}") from None
 
 
 def _unchanged(done: Manifest, output: Path, sha256: str) -> bool:
     made_alike = (done.sha256, done.precision, done.opset, done.tools) == (sha256, PRECISION, OPSET, _tools())
-    return made_alike and done.files == _hashes(output)
+    return made_alike and all(
+        (output / name).is_file() and _sha256(output / name) == sha256 for name, sha256 in done.files.items()
+    )
 
 
 def _tools() -> dict[str, str]:
     return {name: version(name) for name in TOOLS}
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    hashes = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != FILE_NAME:
-            with path.open("rb") as file:
-                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
