@@ -1,0 +1,35 @@
+"""Tables in Markdown, and what they were measured on."""
+
+import os
+import platform
+import subprocess
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+TOOLS = ("torch", "transformers", "onnxruntime")
+
+
+class Table:
+    def __init__(self, *head: str) -> None:
+        self._rows = [head, ("---",) * len(head)]
+
+    def add(self, *row: str) -> None:
+        self._rows.append(row)
+
+    def __str__(self) -> str:
+        return "".join(f"| {' | '.join(row)} |\n" for row in self._rows)
+
+
+def environment(*tools: str) -> str:
+    """One line: processor, cores, memory, versions, commit and date."""
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    versions = ", ".join(f"{tool} {version(tool)}" for tool in (*TOOLS, *tools))
+    folder = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+    return (
+        f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; Python {platform.python_version()}, "
+        f"{versions}; commit {commit.stdout.strip()}; {date.today().isoformat()}\n"
+    )
