@@ -5,11 +5,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers.models.florence2.processing_florence2 import Florence2PostProcessor
 
 from florence2.locations import Size, dequantize, quantize, to_text
+
+# A busy machine is slow now and then.
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 SIZES: list[Size] = [(640, 480), (800, 1200), (1, 1), (999, 1001), (7, 6000), (1000, 1000), (1223, 699), (3024, 4032)]
 ORACLE = Florence2PostProcessor(config=None, tokenizer=SimpleNamespace(all_special_tokens=[]))
@@ -56,6 +59,7 @@ def test_width_comes_first() -> None:
     assert dequantize([500, 250], (100, 200)).tolist() == pytest.approx([50.05, 50.1])
 
 
+@untimed
 @given(sides, sides, st.lists(st.tuples(shares, shares), min_size=1, max_size=5))
 def test_there_and_back_is_at_most_half_a_bin_off(width: int, height: int, points: list[tuple[float, float]]) -> None:
     pixels = np.array(points) * (width, height)
@@ -64,6 +68,7 @@ def test_there_and_back_is_at_most_half_a_bin_off(width: int, height: int, point
     assert (abs(back - pixels) <= half_a_bin * (1 + 1e-9)).all()
 
 
+@untimed
 @given(sides, sides, st.sampled_from([1, 10, 1000, 1024]))
 def test_back_and_there_is_the_same_bin(width: int, height: int, bins: int) -> None:
     indices = np.stack([np.arange(bins), np.arange(bins)[::-1]], axis=1)
@@ -74,6 +79,7 @@ def test_back_and_there_is_the_same_bin(width: int, height: int, bins: int) -> N
 coordinates = st.floats(-1e12, 1e12) | st.sampled_from([-np.inf, np.inf])
 
 
+@untimed
 @given(coordinates, coordinates)
 def test_every_point_falls_into_a_bin(x: float, y: float) -> None:
     bins = quantize([x, y], (640, 480))
