@@ -134,7 +134,7 @@ def main() -> None:
         "# One request\n\n"
         "From a JPEG of 1280 x 960 and a prompt to the parsed answer: through the server, and by transformers' own\n"
         f"processor and `generate`. Florence-2-base with random weights, fp32, {NUM_BEAMS} beams, {NEW_TOKENS} new\n"
-        f"tokens, all cores for both; {arguments.pairs} pairs in turns after a warm-up; token ids equal in every pair.\n\n"
+        f"tokens, all cores for both; {arguments.pairs} pairs in turns after a warm-up; token ids equal every time.\n\n"
         f"{found}\n{environment('nvidia-pytriton')}"
     )
 

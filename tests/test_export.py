@@ -18,8 +18,8 @@ import pytest
 import torch
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export
-from florence2_export.graphs import GRAPHS, Graph
-from florence2_export.parity import Comparison, Parity
+from florence2_export.graphs import GRAPHS, Graph, VisionEncoder
+from florence2_export.parity import Comparison, Parity, reference_features
 from onnx import numpy_helper
 
 from florence2 import cli
@@ -129,6 +129,16 @@ def test_graphs_have_no_weight_twice(root: Path) -> None:
         large = [numpy_helper.to_array(weight) for weight in model.graph.initializer if np.prod(weight.dims) > 2000]
         unique = {hashlib.sha256(np.sort(weight, axis=None).tobytes()).digest() for weight in large}
         assert len(unique) == len(large)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (72, 40), (48, 100)])
+def test_vision_encoder_of_any_size(root: Path, size: tuple[int, int]) -> None:
+    """Maps that windows of 4 do not fill, and that are not square."""
+    checkpoint = load_checkpoint(str(root / "native"))
+    pixels = np.random.default_rng(1).integers(0, 256, (2, *size, 3)).astype(np.uint8)
+    with torch.inference_mode():
+        features = VisionEncoder(checkpoint.model, checkpoint.preprocessor)(torch.tensor(pixels))
+    np.testing.assert_allclose(features, reference_features(checkpoint, pixels), atol=1e-5)
 
 
 def answers(folder: Path) -> tuple[np.ndarray, list[list[int]]]:

@@ -44,8 +44,48 @@ class VisionEncoder(nn.Module):
         for conv, blocks in zip(self.vision_tower.convs, self.vision_tower.blocks, strict=True):
             hidden = conv(hidden)
             for block in blocks:
-                hidden = block(hidden)
+                hidden = _vision_block(block.spatial_block, block.spatial_block.window_attn, _attend_windows, hidden)
+                hidden = _vision_block(block.channel_block, block.channel_block.channel_attn, _attend_channels, hidden)
         return self.projector(hidden)
+
+
+def _vision_block(block: Any, attention: Any, attend: Callable[..., Tensor], hidden: Tensor) -> Tensor:
+    """Attention, then a feed-forward layer, each behind a depthwise convolution. `hidden` [B, C, H, W]."""
+    hidden = (block.conv1(hidden) + hidden).permute(0, 2, 3, 1)
+    hidden = hidden + attend(attention, block.norm1(hidden))
+    hidden = hidden.permute(0, 3, 1, 2)
+    hidden = (block.conv2(hidden) + hidden).permute(0, 2, 3, 1)
+    hidden = hidden + block.ffn(block.norm2(hidden))
+    return hidden.permute(0, 3, 1, 2)
+
+
+def _attend_windows(attention: Any, hidden: Tensor) -> Tensor:
+    """Every head in every window for itself. `hidden` [B, H, W, C]."""
+    batch, height, width, channels = hidden.shape
+    side, heads = attention.window_size, attention.num_heads
+    hidden = nn.functional.pad(hidden, (0, 0, 0, -width % side, 0, -height % side))
+    rows, columns = hidden.shape[1] // side, hidden.shape[2] // side
+    # HF cuts the windows first; linear layers do not mind, and each tensor is rearranged once instead of twice.
+    split = (batch, rows, side, columns, side, heads, channels // heads)
+    query, key, value = (
+        part.reshape(split).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, side * side, channels // heads)
+        for part in attention.qkv(hidden).split(channels, dim=-1)
+    )
+    weights = torch.softmax(query * attention.scale @ key.transpose(1, 2), dim=-1)
+    attended = (weights @ value).reshape(batch, rows, columns, heads, side, side, channels // heads)
+    attended = attended.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * side, columns * side, channels)
+    return attention.proj(attended[:, :height, :width])
+
+
+def _attend_channels(attention: Any, hidden: Tensor) -> Tensor:
+    """The channels of every group among themselves. `hidden` [B, H, W, C]."""
+    batch, height, width, channels = hidden.shape
+    split = (batch, height * width, attention.groups, channels // attention.groups)
+    # HF puts the tokens last; kept before the channels, they are moved in whole rows.
+    query, key, value = (part.reshape(split).transpose(1, 2) for part in attention.qkv(hidden).split(channels, dim=-1))
+    weights = torch.softmax(query.transpose(2, 3) @ key * (height * width) ** -0.5, dim=-1)
+    attended = value @ weights.transpose(2, 3)
+    return attention.proj(attended.transpose(1, 2).reshape(batch, height, width, channels))
 
 
 class Encoder(nn.Module):
