@@ -20,7 +20,7 @@ FLORENCE = IDS | {
 }
 
 
-def settings_of(positions: int = 1024, **given: Any) -> GenerationSettings:
+def settings_of(positions: Any = 1024, **given: Any) -> GenerationSettings:
     return GenerationSettings.from_config(IDS | given, positions)
 
 
