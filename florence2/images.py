@@ -63,9 +63,10 @@ def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:
             raise InvalidRequest(
                 "the image can't be read: it is none of JPEG, PNG, WebP, BMP, TIFF and GIF, or damaged"
             ) from None
-        megapixels = image.width * image.height / 1e6
-        if megapixels > limits.megapixels:
-            raise InvalidRequest(f"the image has {megapixels:.1f} megapixels; {limits.megapixels:g} are allowed")
+        if image.width * image.height > limits.megapixels * 1e6:
+            raise InvalidRequest(
+                f"the image has {image.width} x {image.height} pixels; {limits.megapixels:g} megapixels are allowed"
+            )
         try:
             image.load()
             return _rgb(_upright(image))

@@ -73,7 +73,7 @@ def test_limits_come_from_the_config(repository: Path, tmp_path: Path) -> None:
     config = copy / "preprocess" / "config.pbtxt"
     config.write_text(config.read_text().replace('string_value: "100"', 'string_value: "0.001"'))
     (response,) = run(load_model(copy, "preprocess"), [request(png(), "<OD>")])
-    assert code_and_message(response) == ("INVALID_ARG", "the image has 0.0 megapixels; 0.001 are allowed")
+    assert code_and_message(response) == ("INVALID_ARG", "the image has 60 x 40 pixels; 0.001 megapixels are allowed")
 
 
 def test_features_tokens_and_answer(repository: Path) -> None:
