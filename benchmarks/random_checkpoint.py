@@ -80,7 +80,7 @@ def processor() -> Florence2Processor:
         image_std=[0.229, 0.224, 0.225],
         image_seq_length=577,
     )
-    return Florence2Processor(images, tokenizer)
+    return Florence2Processor(images, tokenizer, post_processor_config={"description_with_bboxes": {}})
 
 
 def write(folder: Path, name: str) -> None:
