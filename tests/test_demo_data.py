@@ -269,7 +269,7 @@ def small_recipe() -> Recipe:
     def short(name: str) -> Stage:
         return Stage(name, steps=4, batch=4, rate=1e-3)
 
-    return Recipe(1, 16, 8, short("tower"), short("text"), short("joint"), processes=1)
+    return Recipe(1, 16, 8, short("tower"), short("text"), short("scenes"), processes=1)
 
 
 def weights(recipe: Recipe, folder: Path) -> dict[str, torch.Tensor]:

@@ -21,17 +21,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     train = commands.add_parser("train", help="draw pictures, train on them, save the checkpoint")
     train.add_argument("--output", type=Path, required=True, help="the checkpoint's folder")
-    train.add_argument(
-        "--work", type=Path, help="pictures and stages, for a run to go on from (default: OUTPUT-work)"
-    )
+    train.add_argument("--work", type=Path, help="pictures and stages, for a run to go on from (default: OUTPUT-work)")
     train.add_argument("--seed", type=int, help="default: that of the checkpoint in demo/checkpoint")
     train.set_defaults(run=_train)
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on held-out pictures")
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--pictures", type=int, default=400, help="of each kind (default: %(default)s)")
-    evaluate.add_argument(
-        "--seed", type=int, default=1, help="of the held-out pictures (default: %(default)s)"
-    )
+    evaluate.add_argument("--seed", type=int, default=1, help="of the held-out pictures (default: %(default)s)")
     evaluate.add_argument("--output", type=Path, help="write the table here, too")
     evaluate.set_defaults(run=_evaluate)
     pictures = commands.add_parser("pictures", help="write example pictures and truth.json")

@@ -40,12 +40,12 @@ def ask(
         )
         out = model.generate(**inputs, max_length=128, return_dict_in_generate=True, output_scores=True)
         logprobs = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices)
-        for row, picture, sample in zip(
-            range(len(out.sequences)), pictures[some], samples[some], strict=True
-        ):
+        for row, picture, sample in zip(range(len(out.sequences)), pictures[some], samples[some], strict=True):
             # The first id is the decoder's start: it has no score.
             tokens = processor.tokenizer.convert_ids_to_tokens(out.sequences[row, 1:])
-            text = processor.tokenizer.decode(out.sequences[row], skip_special_tokens=False)
+            # The post-processor leaves the batch's padding in a plain text.
+            ids = out.sequences[row][out.sequences[row] != processor.tokenizer.pad_token_id]
+            text = processor.tokenizer.decode(ids, skip_special_tokens=False)
             parsed = processor.post_process_generation(text, task=sample.task, image_size=picture.image.size)
             answers.append(Answer(parsed[sample.task], _scores(tokens, logprobs[row].tolist())))
     return answers

@@ -90,9 +90,7 @@ def evaluate(checkpoint: Path, count: int, seed: int) -> list[Row]:
 
 def markdown(rows: list[Row]) -> str:
     lines = ["| pictures | task | figure | asked | value |", "|---|---|---|---:|---:|"]
-    lines += [
-        f"| {row.pictures} | `{row.task}` | {row.figure} | {row.count} | {row.value:.3f} |" for row in rows
-    ]
+    lines += [f"| {row.pictures} | `{row.task}` | {row.figure} | {row.count} | {row.value:.3f} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

@@ -50,10 +50,7 @@ def _write(image: Image.Image, path: Path, orientation: int) -> None:
 
 def _truth(picture: Picture) -> dict:
     things = [
-        {"label": thing.noun, "box": thing.box, "colour": thing.colour, "text": thing.text}
-        for thing in picture.things
+        {"label": thing.noun, "box": thing.box, "colour": thing.colour, "text": thing.text} for thing in picture.things
     ]
-    samples = [
-        answer(task, picture.kind, picture.things, picture.image.size, 0) for task in TASKS_OF[picture.kind]
-    ]
+    samples = [answer(task, picture.kind, picture.things, picture.image.size, 0) for task in TASKS_OF[picture.kind]]
     return {"things": things, "answers": {sample.prompt: sample.target for sample in samples if sample}}

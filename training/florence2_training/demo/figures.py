@@ -15,9 +15,7 @@ from florence2_training.demo.samples import Sample
 from florence2_training.demo.things import Box
 
 
-def average_precision(
-    answers: Sequence[Answer], pictures: Sequence[Picture], threshold: float = 0.5
-) -> float:
+def average_precision(answers: Sequence[Answer], pictures: Sequence[Picture], threshold: float = 0.5) -> float:
     """COCO's, at one threshold, the mean over the classes that occur."""
     nouns = sorted({thing.noun for picture in pictures for thing in picture.things})
     truth: list[dict[str, Any]] = [
@@ -28,9 +26,7 @@ def average_precision(
     found = [
         {"image_id": image, "category_id": nouns.index(label), "bbox": _corner_and_size(box), "score": score}
         for image, answer in enumerate(answers)
-        for label, box, score in zip(
-            answer.parsed["labels"], answer.parsed["bboxes"], answer.scores, strict=False
-        )
+        for label, box, score in zip(answer.parsed["labels"], answer.parsed["bboxes"], answer.scores, strict=False)
         if label in nouns
     ]
     if not found:
@@ -60,15 +56,11 @@ def exact(answers: Sequence[Answer], samples: Sequence[Sample]) -> float:
 
 def character_error_rate(answers: Sequence[Answer], samples: Sequence[Sample]) -> float:
     """Edits over the characters that were to be read."""
-    edits = sum(
-        edit_distance(answer.parsed, sample.target) for answer, sample in zip(answers, samples, strict=True)
-    )
+    edits = sum(edit_distance(answer.parsed, sample.target) for answer, sample in zip(answers, samples, strict=True))
     return edits / sum(len(sample.target) for sample in samples)
 
 
-def found(
-    answers: Sequence[Answer], wanted: Sequence[Sequence[tuple[str, Box]]], threshold: float = 0.5
-) -> float:
+def found(answers: Sequence[Answer], wanted: Sequence[Sequence[tuple[str, Box]]], threshold: float = 0.5) -> float:
     """The share of the wanted boxes that some box of the same label covers; each box answers once."""
     hits = []
     for answer, boxes in zip(answers, wanted, strict=True):

@@ -22,6 +22,10 @@ PATTERN = ("scene", "word", "page", "word")
 _MEAN, _STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
+def kind_of(index: int) -> str:
+    return PATTERN[index % len(PATTERN)]
+
+
 @dataclass(frozen=True)
 class Truth:
     kind: str
@@ -44,9 +48,7 @@ class Gallery:
 def draw_gallery(folder: Path, count: int, seed: int, processes: int) -> None:
     if (folder / "truths.pkl").exists():
         return
-    pixels = np.lib.format.open_memmap(
-        folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(count, SIDE, SIDE, 3)
-    )
+    pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(count, SIDE, SIDE, 3))
     truths = []
     with ProcessPoolExecutor(processes) as pool:
         drawn = pool.map(partial(_draw_one, seed), range(count), chunksize=64)
@@ -63,6 +65,6 @@ def open_gallery(folder: Path) -> Gallery:
 
 
 def _draw_one(seed: int, index: int) -> tuple[np.ndarray, Truth]:
-    picture = draw(PATTERN[index % len(PATTERN)], seed, TRAINING, index)
+    picture = draw(kind_of(index), seed, TRAINING, index)
     small = picture.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return np.asarray(small), Truth(picture.kind, picture.image.size, picture.things)

@@ -48,9 +48,7 @@ def processor() -> Florence2Processor:
     answers = ("pure_text", "description_with_bboxes", "description_with_polygons", "polygons", "bboxes")
     rules: dict[str, dict] = {
         "ocr": {"pattern": _OCR_PATTERN, "area_threshold": 0.0},
-        "phrase_grounding": {
-            "banned_grounding_tokens": _BANNED_PHRASES.strip().replace("\n", "|").split("|")
-        },
+        "phrase_grounding": {"banned_grounding_tokens": _BANNED_PHRASES.strip().replace("\n", "|").split("|")},
         **{answer: {} for answer in (*answers, "description_with_bboxes_or_polygons")},
     }
     return Florence2Processor(image_processor, vocabulary.build(), post_processor_config=rules)

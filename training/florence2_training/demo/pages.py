@@ -35,9 +35,7 @@ def draw_page(rng: Generator) -> tuple[Image.Image, list[Thing]]:
     return image, things
 
 
-def _fill(
-    rng: Generator, image: Image.Image, room: tuple[int, int, int, int], wanted: int, paper: RGB
-) -> list[Thing]:
+def _fill(rng: Generator, image: Image.Image, room: tuple[int, int, int, int], wanted: int, paper: RGB) -> list[Thing]:
     """Blocks from the top of a column to its end, `wanted` tables and figures among paragraphs."""
     left, y, right, bottom = room
     things: list[Thing] = []
@@ -129,11 +127,7 @@ def _table(rng: Generator, block: Image.Image) -> None:
     size = int(np.clip(height / rows * 0.55, 7, 13))
     for top in ys[:-1]:
         for left, right in pairwise(xs):
-            entry = (
-                str(rng.integers(1, 9999))
-                if rng.random() < 0.7
-                else WORDS[int(rng.integers(len(WORDS)))].lower()
-            )
+            entry = str(rng.integers(1, 9999)) if rng.random() < 0.7 else WORDS[int(rng.integers(len(WORDS)))].lower()
             if _length(entry, size) < right - left - 6:
                 pen.text((left + 4, top + 2), entry, ink, font(size))
     thickness = int(rng.integers(1, 3))

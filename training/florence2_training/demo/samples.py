@@ -94,9 +94,7 @@ def _grounding(kind: str, things: Sequence[Thing], size: Size, chosen: int) -> S
     if chosen < len(phrases):
         text = list(phrases)[chosen]
         phrases = {text: phrases[text]}
-    target = "".join(
-        phrase + "".join(to_text(thing.box, size) for thing in group) for phrase, group in phrases.items()
-    )
+    target = "".join(phrase + "".join(to_text(thing.box, size) for thing in group) for phrase, group in phrases.items())
     return Sample("<CAPTION_TO_PHRASE_GROUNDING>", text, target)
 
 

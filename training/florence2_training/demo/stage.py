@@ -27,8 +27,8 @@ class Stage:
     """The part of the steps, at the end, in which it falls; in between it is constant."""
 
     def rate_at(self, step: int) -> float:
-        left = 1 - (step + 1) / self.steps
-        return self.rate * min(1.0, (step + 1) / self.warm_up, left / self.decay + 1e-3)
+        left = (self.steps - step - 1) / max(self.decay * self.steps, 1)
+        return self.rate * min(1.0, (step + 1) / self.warm_up, left + 1e-3)
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,7 @@ def _join(rank: int, processes: int, meeting: str, work: Callable[..., None], ar
 def batch_at(step: int, size: int, count: int, seed: int) -> list[int]:
     """Batches walk through one shuffle of `count` after another; a resumed run meets the same ones."""
     places = np.arange(step * size, (step + 1) * size)
-    shuffles = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in set(places // count)
-    }
+    shuffles = {epoch: np.random.default_rng([seed, epoch]).permutation(count) for epoch in set(places // count)}
     return [int(shuffles[place // count][place % count]) for place in places]
 
 

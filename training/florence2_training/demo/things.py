@@ -37,9 +37,7 @@ def overlap(a: Box, b: Box) -> float:
 
 
 def jittered(rng: Generator, colour: RGB, by: int = 14) -> RGB:
-    red, green, blue = (
-        int(value) for value in np.clip(np.array(colour) + rng.integers(-by, by + 1, 3), 0, 255)
-    )
+    red, green, blue = (int(value) for value in np.clip(np.array(colour) + rng.integers(-by, by + 1, 3), 0, 255))
     return red, green, blue
 
 
