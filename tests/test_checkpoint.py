@@ -169,9 +169,7 @@ def test_microsoft_layout(microsoft: Path, wanted: Tensor, caplog: pytest.LogCap
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_native_layout(
-    model: Florence2ForConditionalGeneration, wanted: Tensor, tmp_path: Path, nested: bool
-) -> None:
+def test_native_layout(model: Florence2ForConditionalGeneration, wanted: Tensor, tmp_path: Path, nested: bool) -> None:
     checkpoint = load_checkpoint(str(make.write_native(tmp_path / "native", model, nested=nested)))
     assert same(checkpoint, wanted)
     assert checkpoint.repairs == []
@@ -206,9 +204,7 @@ def test_processor_as_transformers_saves_it(native: Path, wanted: Tensor) -> Non
         **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
         extra_special_tokens={"image_token": "<image>"},
     )
-    known: dict[str, Any] = {
-        key: value for key, value in make.PREPROCESSOR.items() if key != "image_processor_type"
-    }
+    known: dict[str, Any] = {key: value for key, value in make.PREPROCESSOR.items() if key != "image_processor_type"}
     for path in native.glob("*processor_config.json"):
         path.unlink()
     Florence2Processor(CLIPImageProcessor(**known), tokenizer).save_pretrained(native)
@@ -251,9 +247,7 @@ def sharded_bin(folder: Path, state: make.State) -> None:
     make.write_sharded(folder, state, "bin")
 
 
-@pytest.mark.parametrize(
-    "write", [make.write_sharded, bin_file, bin_file_of_parameters, legacy_bin_file, sharded_bin]
-)
+@pytest.mark.parametrize("write", [make.write_sharded, bin_file, bin_file_of_parameters, legacy_bin_file, sharded_bin])
 @pytest.mark.parametrize("layout", ["microsoft", "native"])
 @pytest.mark.parametrize("tied_copies", [True, False])
 def test_weight_files(
@@ -339,9 +333,7 @@ def untied_state(folder: Path) -> tuple[make.State, Tensor]:
 def test_untied_head_that_is_declared(microsoft: Path, wanted: Tensor) -> None:
     state, head = untied_state(microsoft)
     make.write_safetensors(microsoft, state)
-    make.edit_json(
-        microsoft / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=False)
-    )
+    make.edit_json(microsoft / "config.json", lambda config: config["text_config"].update(tie_word_embeddings=False))
     checkpoint = load_checkpoint(str(microsoft))
     assert torch.equal(checkpoint.model.lm_head.weight, head)
     assert checkpoint.repairs == []
@@ -377,9 +369,7 @@ def vocabulary_and_added_tokens(folder: Path) -> None:
 
 
 def added_tokens_in_the_tokenizer_config(folder: Path) -> None:
-    added = {
-        make.BASE_TOKENS + index: {"content": token} for index, token in enumerate(make.florence_tokens())
-    }
+    added = {make.BASE_TOKENS + index: {"content": token} for index, token in enumerate(make.florence_tokens())}
     make.write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added})
 
 
@@ -451,8 +441,7 @@ def wrong_ids(content: dict[str, Any]) -> None:
 
 
 REPLACED = (
-    "bos_token_id 2 replaced by 0, eos_token_id 1 replaced by 2, pad_token_id 0 replaced by 1"
-    ", as text_config says"
+    "bos_token_id 2 replaced by 0, eos_token_id 1 replaced by 2, pad_token_id 0 replaced by 1, as text_config says"
 )
 
 
@@ -570,16 +559,12 @@ def test_breakage_is_repaired_and_named(
 def test_auto_map_of_a_tokenizer_is_a_list(microsoft: Path) -> None:
     classes = ["someone/florence--tokenization.Slow", None]
     make.write_json(microsoft / "tokenizer_config.json", {"auto_map": {"AutoTokenizer": classes}})
-    expected = (
-        "tokenizer_config.json: auto_map points to code in someone/florence; ignored, no remote code is run"
-    )
+    expected = "tokenizer_config.json: auto_map points to code in someone/florence; ignored, no remote code is run"
     assert load_checkpoint(str(microsoft)).repairs == [expected]
 
 
 def test_ids_come_from_the_tokenizer_where_the_text_config_has_none(microsoft: Path, wanted: Tensor) -> None:
-    make.edit_json(
-        microsoft / "config.json", lambda config: [config["text_config"].pop(key) for key in make.IDS]
-    )
+    make.edit_json(microsoft / "config.json", lambda config: [config["text_config"].pop(key) for key in make.IDS])
     make.edit_json(microsoft / "generation_config.json", wrong_ids)
     checkpoint = load_checkpoint(str(microsoft))
     assert same(checkpoint, wanted)
@@ -658,9 +643,7 @@ def test_tensors_that_do_not_fit(
     def file_of(tensor: str) -> str:
         index = next(folder.glob("*.index.json"), None)
         if index is None:
-            return next(
-                path.name for path in folder.glob("*model*.*") if path.suffix in (".safetensors", ".bin")
-            )
+            return next(path.name for path in folder.glob("*model*.*") if path.suffix in (".safetensors", ".bin"))
         return json.loads(index.read_text())["weight_map"].get(tensor, index.name)
 
     write(folder, {key: value for key, value in state.items() if key != name})
@@ -676,9 +659,7 @@ def test_tensors_that_do_not_fit(
 def test_shape_of_a_transposed_tensor_is_given_as_in_the_file(microsoft: Path) -> None:
     state = load_state(microsoft)
     make.write_safetensors(microsoft, state | {"image_projection": state["image_projection"].T.contiguous()})
-    refused(
-        microsoft, "model.safetensors", "image_projection has shape [16, 20] where config.json gives [20, 16]"
-    )
+    refused(microsoft, "model.safetensors", "image_projection has shape [16, 20] where config.json gives [20, 16]")
 
 
 @pytest.mark.parametrize(
@@ -719,9 +700,7 @@ def test_head_that_is_declared_untied_but_missing(microsoft: Path) -> None:
     refused(microsoft, "model.safetensors", f"tensor {HEAD} is missing")
 
 
-@pytest.mark.parametrize(
-    "write", [make.write_safetensors, make.write_sharded, bin_file, legacy_bin_file, sharded_bin]
-)
+@pytest.mark.parametrize("write", [make.write_safetensors, make.write_sharded, bin_file, legacy_bin_file, sharded_bin])
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.99])
 def test_file_cut_short(microsoft: Path, write: Callable[[Path, make.State], None], share: float) -> None:
     state = load_state(microsoft)
@@ -742,9 +721,7 @@ def test_shard_missing(microsoft: Path) -> None:
 
 def test_index_that_points_outside(microsoft: Path) -> None:
     make.remove_weights(microsoft)
-    make.write_json(
-        microsoft / "model.safetensors.index.json", {"weight_map": {SHARED: "../other.safetensors"}}
-    )
+    make.write_json(microsoft / "model.safetensors.index.json", {"weight_map": {SHARED: "../other.safetensors"}})
     refused(microsoft, "model.safetensors.index.json", "../other.safetensors")
 
 
@@ -790,9 +767,7 @@ def test_adapter_must_be_merged(microsoft: Path, with_config: bool) -> None:
     ("change", "words"),
     [
         (
-            lambda config: config.update(
-                model_type="paligemma", architectures=["PaliGemmaForConditionalGeneration"]
-            ),
+            lambda config: config.update(model_type="paligemma", architectures=["PaliGemmaForConditionalGeneration"]),
             ["'paligemma'", "PaliGemmaForConditionalGeneration", "not Florence-2"],
         ),
         (lambda config: config.update(architectures=["BartModel"]), ["BartModel", "not Florence-2"]),
@@ -879,9 +854,7 @@ def test_preprocessing_that_is_not_done(microsoft: Path, values: dict[str, Any],
 
 
 def test_crop_that_changes_nothing(microsoft: Path) -> None:
-    make.edit_json(
-        microsoft / "preprocessor_config.json", lambda content: content.update(do_center_crop=True)
-    )
+    make.edit_json(microsoft / "preprocessor_config.json", lambda content: content.update(do_center_crop=True))
     assert load_checkpoint(str(microsoft)).preprocessor["do_center_crop"] is False
 
 
