@@ -7,6 +7,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+LOAD = os.getloadavg()[0]
 TOOLS = ("torch", "transformers", "onnxruntime")
 
 
@@ -22,7 +23,7 @@ class Table:
 
 
 def environment(*tools: str) -> str:
-    """One line: processor, cores, memory, versions, commit and date."""
+    """Processor, cores, memory, versions, commit, date, and how busy the machine was before."""
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -31,5 +32,6 @@ def environment(*tools: str) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
     return (
         f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB; Python {platform.python_version()}, "
-        f"{versions}; commit {commit.stdout.strip()}; {date.today().isoformat()}\n"
+        f"{versions}; commit {commit.stdout.strip()}; {date.today().isoformat()}.\n"
+        f"Load average before: {LOAD:.1f}; OMP_WAIT_POLICY: {os.environ.get('OMP_WAIT_POLICY', 'not set')}.\n"
     )
