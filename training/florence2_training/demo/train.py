@@ -17,7 +17,7 @@ from florence2_training.demo.stage import Share, Stage, fit, shared
 
 _TOWER = Stage("tower", steps=1500, batch=64, rate=1e-3, decay=0.2)
 _TEXT = Stage("text", steps=2100, batch=64, rate=1e-3, decay=0)
-_SCENES = Stage("scenes", steps=2000, batch=64, rate=1e-3, decay=0.5)
+_SCENES = Stage("scenes", steps=1500, batch=64, rate=1e-3, decay=0.33)
 
 
 @dataclass(frozen=True)
