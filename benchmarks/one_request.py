@@ -10,6 +10,7 @@ import io
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,13 +94,24 @@ def compare(ours: Ask, theirs: Ask, pairs: int) -> tuple[list[float], list[float
 
 
 def prepare(work: Path) -> tuple[Path, Path]:
-    """The checkpoint and a model repository with its export."""
-    checkpoint, export, repository = work / "base", work / "base-export", work / "repository"
+    """The checkpoint and its export."""
+    checkpoint, export = work / "base", work / "base-export"
     if not checkpoint.is_dir():
         subprocess.run([sys.executable, HERE / "random_checkpoint.py", checkpoint, "base"], check=True)
     subprocess.run([sys.executable, "-m", "florence2.cli", "export", checkpoint, "--output", export], check=True)
-    install(export, repository)
-    return checkpoint, repository
+    return checkpoint, export
+
+
+def measure(checkpoint: Path, repository: Path, pairs: int) -> tuple[list[float], list[float], dict[str, float]]:
+    """Seconds of each request, ours and theirs, and what our models took of ours on average."""
+    with TritonServer(repository) as server:
+        server.wait_ready()
+        ours, theirs = triton_side(server), transformers_side(checkpoint)
+        compare(ours, theirs, 1)
+        before = seconds_by_model(server)
+        our_times, their_times = compare(ours, theirs, pairs)
+        after = seconds_by_model(server)
+    return our_times, their_times, {name: (after[name] - before[name]) / pairs for name in MODELS}
 
 
 def tables(ours: list[float], theirs: list[float], by_model: dict[str, float]) -> str:
@@ -119,15 +131,11 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    checkpoint, repository = prepare(arguments.work)
-    with TritonServer(repository) as server:
-        server.wait_ready()
-        ours, theirs = triton_side(server), transformers_side(checkpoint)
-        compare(ours, theirs, 1)
-        before = seconds_by_model(server)
-        our_times, their_times = compare(ours, theirs, arguments.pairs)
-        after = seconds_by_model(server)
-    by_model = {name: (after[name] - before[name]) / arguments.pairs for name in MODELS}
+    checkpoint, export = prepare(arguments.work)
+    # In the same file system the weights are linked, not copied.
+    with tempfile.TemporaryDirectory(dir=arguments.work) as repository:
+        install(export, Path(repository))
+        our_times, their_times, by_model = measure(checkpoint, Path(repository), arguments.pairs)
     found = tables(our_times, their_times, by_model)
     print(found)
     (HERE / "one_request.md").write_text(
