@@ -41,4 +41,4 @@ lint: .venv/installed
 	$(BIN)/mypy $(PACKAGES)
 
 clean:
-	rm -rf .venv var exports
+	rm -rf .venv var

@@ -3,6 +3,7 @@
 What it makes lies in var/demo; a second run uses it again.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from florence2_release.server import TritonServer
 from florence2.cli.ask import describe
 from florence2.drawing import draw
 from florence2.images import decode
-from florence2.manifest import FILE_NAME
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "var" / "demo"
@@ -33,8 +33,11 @@ def main() -> int:
     manifest = export(str(HERE / "checkpoint"), WORK / "export")
     parity = manifest.parity
     print(f"  {parity['generations_equal']} of {parity['generations']} generations equal to the checkpoint's")
-    release = released()
-    say(f"serving release {release}")
+    say("installing the export as a release")
+    # Afresh every time: it costs no second, and holds whatever model.py is in the clone now.
+    shutil.rmtree(WORK / "repository", ignore_errors=True)
+    install(WORK / "export", WORK / "repository")
+    say("starting Triton")
     with TritonServer(WORK / "repository") as server:
         server.wait_ready(progress=lambda line: print(f"  {line}", flush=True))
         print(f"  HTTP {server.http_url}, gRPC {server.grpc_url}")
@@ -43,16 +46,6 @@ def main() -> int:
             ask(protocol, urls[protocol], HERE / "pictures" / picture, prompt)
         say("stopping the server")
     return 0
-
-
-def released() -> int:
-    """The number of the release that holds the export: installed now, unless it is the latest already."""
-    repository, exported = WORK / "repository", (WORK / "export" / FILE_NAME).read_bytes()
-    numbers = sorted(int(folder.name) for folder in repository.glob("beam_search/[0-9]*"))
-    if numbers and (repository / "beam_search" / str(numbers[-1]) / FILE_NAME).read_bytes() == exported:
-        return numbers[-1]
-    say("installing the export as a release")
-    return install(WORK / "export", repository)
 
 
 def ask(protocol: str, url: str, picture: Path, prompt: str) -> None:

@@ -118,6 +118,19 @@ class AnswerParser:
         }
 
 
+def instances(value: dict[str, list[Any]]) -> Iterator[tuple[str, list[Any], str, float]]:
+    """What an answer holds that is no text: per instance its kind ("bboxes", "quad_boxes" or "polygons"), coordinates,
+    label and score."""
+    for kind, labels, scores in (
+        *((kind, "labels", "scores") for kind in ("bboxes", "quad_boxes", "polygons")),
+        ("bboxes", "bboxes_labels", "scores"),
+        ("polygons", "polygons_labels", "polygons_scores"),
+    ):
+        if kind in value and labels in value:
+            for row in zip(value[kind], value[labels], value[scores], strict=True):
+                yield kind, *row
+
+
 _Row = tuple[Any, str, float]
 """Coordinates in pixels, label, score."""
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from florence2.answers import instances
+
 _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#800000", "#000075")
 
 
@@ -27,16 +29,8 @@ class _Canvas:
         self.colours: dict[str, str] = {}
 
     def draw(self, value: dict[str, Any]) -> None:
-        for kind, labels, scores in (
-            ("bboxes", "labels", "scores"),
-            ("bboxes", "bboxes_labels", "scores"),
-            ("quad_boxes", "labels", "scores"),
-            ("polygons", "labels", "scores"),
-            ("polygons", "polygons_labels", "polygons_scores"),
-        ):
-            if kind in value and labels in value:
-                for shape, label, score in zip(value[kind], value[labels], value[scores], strict=True):
-                    self._instance(kind, shape, label, score)
+        for instance in instances(value):
+            self._instance(*instance)
 
     def _instance(self, kind: str, shape: list[Any], label: str, score: float) -> None:
         colour = self.colours.setdefault(label, _COLOURS[len(self.colours) % len(_COLOURS)])

@@ -1,5 +1,6 @@
 """`manifest.json`: where an export comes from, its sizes, and how close it is to its checkpoint."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -63,6 +64,12 @@ class Manifest:
             ) from None
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"{path} can't be read ({error}); export the checkpoint again") from None
+
+
+def sha256_of(path: Path) -> str:
+    """What `Manifest.files` says of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from florence2_release.install import ENSEMBLE, FILES, install
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from florence2.manifest import Manifest, Sizes
+from florence2.manifest import Manifest, Sizes, sha256_of
 
 SIZES = Sizes(
     image_height=64,
@@ -43,7 +44,7 @@ def export(tmp_path: Path) -> Path:
         sizes=SIZES,
         banned_grounding_phrases=[],
         tools={},
-        files=dict.fromkeys(names, "0"),
+        files={name: sha256_of(folder / name) for name in names},
     ).write(folder)
     return folder
 
@@ -93,6 +94,51 @@ def test_weights_that_are_exported_again_do_not_change_a_release(export: Path, t
     assert installed.read_text() == "decoder.onnx.data"
 
 
+def test_settings_that_are_edited_in_the_export_do_not_change_a_release(export: Path, tmp_path: Path) -> None:
+    install(export, tmp_path / "repository")
+    with (export / "generation_config.json").open("a") as file:
+        file.write("edited")
+    installed = tmp_path / "repository" / "beam_search" / "1" / "generation_config.json"
+    assert installed.read_text() == "generation_config.json"
+
+
+def test_a_file_that_is_not_what_the_manifest_names(export: Path, tmp_path: Path) -> None:
+    (export / "decoder.onnx.data").write_text("cut")
+    with pytest.raises(ValueError, match=r"decoder\.onnx\.data is not the file its manifest names"):
+        install(export, tmp_path / "repository")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_an_interrupted_release_changes_nothing_and_the_next_goes_through(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "repository"
+    install(export, repository)
+    configs = {path: path.read_bytes() for path in repository.glob("*/config.pbtxt")}
+    taken: list[Path] = []
+
+    def full_disk(source: Path, target: Path) -> None:
+        taken.append(target)
+        if len(taken) == 6:
+            raise OSError(28, "No space left on device")
+        shutil.copy(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("florence2_release.install._take", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            install(export, repository)
+    assert {path: path.read_bytes() for path in repository.glob("*/config.pbtxt")} == configs
+    assert not list(repository.glob("*/.new-*"))
+    assert install(export, repository) == 3
+    assert list(config(repository, "beam_search").version_policy.specific.versions) == [3]
+
+
+def test_releases_at_the_same_time_take_turns(export: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        numbers = list(pool.map(lambda _: install(export, tmp_path / "repository"), range(8)))
+    assert sorted(numbers) == list(range(1, 9))
+
+
 def test_refusals(export: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json is missing.*florence2 export"):
         install(tmp_path, tmp_path / "repository")
@@ -100,6 +146,8 @@ def test_refusals(export: Path, tmp_path: Path) -> None:
     (strange / "resnet").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"not a model repository of florence2.*resnet"):
         install(export, strange)
+    with pytest.raises(ValueError, match="not a folder"):
+        install(export, export / "manifest.json")
     (export / "decoder.onnx").unlink()
     with pytest.raises(ValueError, match=r"lacks decoder\.onnx"):
         install(export, tmp_path / "repository")

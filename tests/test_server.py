@@ -214,6 +214,7 @@ SERVE = """
 import argparse, sys
 from florence2.cli import serve
 parser = argparse.ArgumentParser()
+parser.add_argument("--verbose", action="store_true")
 serve.add_arguments(parser)
 sys.exit(serve.run(parser.parse_args()))
 """

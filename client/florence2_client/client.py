@@ -29,6 +29,9 @@ _OPTIONS: dict[str, tuple[str, Any]] = {
 }
 
 
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+
+
 class ServerRefused(RuntimeError):
     """The server answered with an error, or not at all; `status` is Triton's code, such as INVALID_ARGUMENT or 400."""
 
@@ -188,7 +191,9 @@ def _file(image: Picture) -> bytes:
         return image
     if isinstance(image, Image.Image):
         buffer = io.BytesIO()
-        image.save(buffer, format="PNG")
+        # PNG has no CMYK, YCbCr and the like; 16-bit grey must not be clipped by PIL's conversion.
+        as_png = image if image.mode in _PNG_MODES else image.convert("RGB")
+        as_png.save(buffer, format="PNG")
         return buffer.getvalue()
     with open(image, "rb") as file:
         return file.read()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from florence2.generation.settings import GenerationSettings
-from florence2.manifest import FILE_NAME, Manifest, Sizes
+from florence2.manifest import FILE_NAME, Manifest, Sizes, sha256_of
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.graphs import GRAPHS, Graph
 from florence2_export.parity import Comparison
@@ -26,7 +27,7 @@ from florence2_export.source import open_source
 OPSET = 20
 """The first with Gelu as one operator; TensorRT 10 and Triton's ONNX Runtime read it."""
 PRECISION = "fp32"
-TOOLS = ("florence2-triton", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("florence2-triton", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,14 @@ def export(source: str, output: Path, revision: str | None = None) -> Manifest:
 
 
 def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
-    # On a terminal only: in a log, or before an error, the bar is noise.
+    # A bar on a terminal; a line per step in a log.
     with tqdm(total=3 + len(GRAPHS), unit="step", leave=False, disable=None) as bar:
 
         @contextlib.contextmanager
         def step(name: str) -> Iterator[None]:
             bar.set_description(name)
+            if bar.disable:
+                print(name, file=sys.stderr, flush=True)
             yield
             bar.update()
 
@@ -86,7 +89,7 @@ def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
         sizes=sizes,
         banned_grounding_phrases=checkpoint.banned_grounding_phrases,
         tools=_tools(),
-        files={path.name: _sha256(path) for path in sorted(folder.iterdir())},
+        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
         parity=asdict(comparison.parity),
     )
     manifest.write(folder)
@@ -168,14 +171,11 @@ def _existing(output: Path) -> Manifest | None:
 def _unchanged(done: Manifest, output: Path, sha256: str) -> bool:
     made_alike = (done.sha256, done.precision, done.opset, done.tools) == (sha256, PRECISION, OPSET, _tools())
     return made_alike and all(
-        (output / name).is_file() and _sha256(output / name) == sha256 for name, sha256 in done.files.items()
+        (output / name).is_file() and sha256_of(output / name) == sha256 for name, sha256 in done.files.items()
     )
 
 
 def _tools() -> dict[str, str]:
-    return {name: version(name) for name in TOOLS}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """What an export depends on beside its checkpoint: packages, and this exporter's own code."""
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    return {**{name: version(name) for name in PACKAGES}, "exporter": code.hexdigest()}

@@ -30,10 +30,7 @@ class VisionEncoder(nn.Module):
         self.vision_tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
         # (x * rescale - mean) / std as one multiply and one add per channel.
-        rescale = preprocessor["rescale_factor"] if preprocessor.get("do_rescale", True) else 1.0
-        mean, std = [0.0] * 3, [1.0] * 3
-        if preprocessor.get("do_normalize", True):
-            mean, std = preprocessor["image_mean"], preprocessor["image_std"]
+        rescale, mean, std = (preprocessor[name] for name in ("rescale_factor", "image_mean", "image_std"))
         self.register_buffer("scale", torch.tensor([rescale / s for s in std]))
         self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]))
 

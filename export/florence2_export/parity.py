@@ -124,11 +124,9 @@ class Comparison:
         settings = GenerationSettings.from_config(self.checkpoint.generation, self.sizes.max_position_embeddings)
         for features, prompt in zip(self.features, self.prompts, strict=True):
             for num_beams in (1, 3):
-                expected = reference_generate(
-                    self.checkpoint.model, features, prompt, num_beams=num_beams, max_length=NEW_TOKENS + 1
-                )
-                asked = settings.override(num_beams=num_beams, max_new_tokens=NEW_TOKENS)
-                found = generate(runner, features, prompt, asked)
+                asked: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": NEW_TOKENS}
+                expected = reference_generate(self.checkpoint.model, features, prompt, **asked)
+                found = generate(runner, features, prompt, settings.override(**asked))
                 self.parity.generations += 1
                 self.parity.generations_equal += found.token_ids.tolist() == expected.sequences[0].tolist()
 
@@ -144,12 +142,9 @@ class Comparison:
 def reference_features(checkpoint: Checkpoint, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
     """u8 [B, H, W, 3] -> [B, N, D] as HF's image processor and model make them, one picture at a time."""
     settings = checkpoint.preprocessor
-    values = torch.tensor(pixels).permute(0, 3, 1, 2).float()
-    if settings.get("do_rescale", True):
-        values = values * settings["rescale_factor"]
-    if settings.get("do_normalize", True):
-        mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
-        values = (values - mean) / std
+    mean, std = (torch.tensor(settings[name]).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    values = torch.tensor(pixels).permute(0, 3, 1, 2).float() * settings["rescale_factor"]
+    values = (values - mean) / std
     model = checkpoint.model
     return np.concatenate([model.get_image_features(picture[None]).pooler_output.numpy() for picture in values])
 

@@ -35,7 +35,9 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f"florence2.cli.{name}")
         help_text = (module.__doc__ or "").strip().splitlines()[0]
         command = commands.add_parser(name, help=help_text, description=help_text)
-        command.add_argument("--verbose", action="store_true", help="show the trace of an error, and what runs")
+        command.add_argument(
+            "--verbose", action="store_true", help="show the trace of an error, and the log of a server that is started"
+        )
         module.add_arguments(command)
         command.set_defaults(run=module.run, extra=getattr(module, "EXTRA", "serve"))
     return parser

@@ -49,17 +49,13 @@ def run(args: argparse.Namespace) -> int:
 
 def describe(answer: dict) -> str:
     """A text as it is; a line per box, quad or polygon."""
+    from florence2.answers import instances
+
     (value,) = answer.values()
     if isinstance(value, str):
         return value
     lines = []
-    for kind, labels, scores in (
-        *((kind, "labels", "scores") for kind in ("bboxes", "quad_boxes", "polygons")),
-        ("bboxes", "bboxes_labels", "scores"),
-        ("polygons", "polygons_labels", "polygons_scores"),
-    ):
-        if kind in value and labels in value:
-            for shape, label, score in zip(value[kind], value[labels], value[scores], strict=True):
-                points = shape if kind != "polygons" else [number for outline in shape for number in outline]
-                lines.append(f"{label or '-'}  {score:.2f}  {' '.join(f'{number:.1f}' for number in points)}")
+    for kind, shape, label, score in instances(value):
+        points = shape if kind != "polygons" else [number for outline in shape for number in outline]
+        lines.append(f"{label or '-'}  {score:.2f}  {' '.join(f'{number:.1f}' for number in points)}")
     return "\n".join(lines) or "nothing found"

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from florence2_export.export import export
 
-    output = args.output or Path("exports") / Path(args.checkpoint).name
+    output = args.output or Path("exports") / Path(args.checkpoint).resolve().name
     manifest = export(args.checkpoint, output, args.revision)
     parity = manifest.parity
     worst = max(figures["relative"] for figures in parity["graphs"].values())

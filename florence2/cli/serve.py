@@ -1,7 +1,6 @@
 """Start Triton on a model repository, wait until it is ready, and run until stopped."""
 
 import argparse
-import contextlib
 import ipaddress
 import os
 import signal
@@ -32,8 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="each model's configs/PROFILE.pbtxt; cpu, the default, is config.pbtxt",
     )
-    with contextlib.suppress(argparse.ArgumentError):  # every subcommand may have it already, for tracebacks
-        parser.add_argument("--verbose", action="store_true", help="show the server's log")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -94,11 +94,11 @@ def session(path: Path, providers: Sequence[str] = CPU, threads: int = 0) -> "In
     return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
 
 
-def available_cores() -> int:
+def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Cores by affinity and by the container's quota, which ONNX Runtime doesn't look at."""
     cores = len(os.sched_getaffinity(0))
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = cpu_max.read_text().split()
         return max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
         return cores

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -46,7 +46,6 @@ class TritonServer:
     log: where the server's output goes; by default a file that goes with `stop` (`log_text` still has it).
     cache_size: bytes of the response cache; None for none.
     drain_seconds: how long `stop` lets requests in flight finish.
-    extra_args: more options of tritonserver; they win over those set here. Paths in them must be absolute.
     """
 
     def __init__(
@@ -61,7 +60,6 @@ class TritonServer:
         log: str | os.PathLike[str] | None = None,
         cache_size: int | None = None,
         drain_seconds: int = 30,
-        extra_args: Sequence[str] = (),
     ) -> None:
         self.repository = Path(repository).absolute()
         self.host = host
@@ -70,7 +68,6 @@ class TritonServer:
         self.log_path = Path(log).absolute() if log else None
         self.cache_size = cache_size
         self.drain_seconds = drain_seconds
-        self.extra_args = tuple(extra_args)
         self.installation: Installation | None = None
         self.pid: int | None = None
         """tritonserver's own, which is its process group's too."""
@@ -107,7 +104,7 @@ class TritonServer:
         """Starts the process; `wait_ready` waits for the models. ServerError for what can be told before."""
         if self.is_alive():
             raise ServerError(f"this server runs already (process {self.pid})")
-        _check_repository(self.repository)
+        _check_repository(self.repository, self.model_config_name)
         self.installation = find_tritonserver()
         address = ipv4(self.host)
         with contextlib.ExitStack() as ports, contextlib.ExitStack() as on_failure:
@@ -191,7 +188,6 @@ class TritonServer:
         return [
             str(self.installation.binary),
             *(f"--{name}={value}" for name, value in options.items()),
-            *self.extra_args,
         ]
 
     def is_alive(self) -> bool:
@@ -287,10 +283,13 @@ def _bind(address: str, port: int, what: str) -> socket.socket:
     return holder
 
 
-def _check_repository(repository: Path) -> None:
+def _check_repository(repository: Path, profile: str) -> None:
     if not repository.is_dir():
         raise ServerError(f"there is no model repository at {repository}: make one with `florence2 release`")
     if not any((folder / "config.pbtxt").is_file() for folder in repository.iterdir()):
         raise ServerError(
             f"no model in {repository}: install one with `florence2 release DIR --repository {repository}`"
         )
+    # Triton falls back to config.pbtxt without a word.
+    if profile != "cpu" and not any(repository.glob(f"*/configs/{profile}.pbtxt")):
+        raise ServerError(f"no model in {repository} has a profile {profile!r}; cpu is what every model has")
