@@ -101,6 +101,13 @@ def test_curl(room: Path, server: TritonServer) -> None:
     assert '"model_name":"florence2"' in done.stdout
 
 
+def test_the_table_is_the_one_that_was_measured() -> None:
+    measured = (ROOT / "benchmarks" / "one_request.md").read_text()
+    rows = re.findall(r"^\| (?:Triton|transformers) \|.*$", README, re.MULTILINE)
+    assert len(rows) == 2
+    assert [row for row in rows if row not in measured] == []
+
+
 def test_links_lead_somewhere() -> None:
     targets = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
     assert targets

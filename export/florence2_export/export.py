@@ -75,7 +75,7 @@ def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
         comparison = Comparison(checkpoint, sizes, folder)
         with step("comparing the vision encoder with the checkpoint"):
             comparison.vision()
-        with step("comparing encoder, decoder and generations with the checkpoint"):
+        with step("comparing encoder, decoder and generations with the checkpoint"), _quiet("transformers"):
             comparison.text()
     comparison.parity.check(PRECISION)
     manifest = Manifest(
@@ -126,7 +126,7 @@ def _write_settings(checkpoint: Checkpoint, folder: Path) -> None:
 
 def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Path) -> None:
     module = graph.build(checkpoint.model, checkpoint.preprocessor).eval()
-    with _quiet():
+    with _quiet("torch.onnx"):
         program = torch.onnx.export(
             module,
             graph.example(sizes),
@@ -143,17 +143,18 @@ def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Pat
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter's remarks on axis names and on torchvision's absence help nobody here."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
+def _quiet(*loggers: str) -> Iterator[None]:
+    """The exporter's remarks on axis names and transformers' on lengths given twice help nobody here."""
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in loggers}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for found in levels:
+                found.setLevel(logging.ERROR)
             yield
     finally:
-        exporter.setLevel(level)
+        for found, level in levels.items():
+            found.setLevel(level)
 
 
 def _existing(output: Path) -> Manifest | None:
