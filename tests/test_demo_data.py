@@ -319,3 +319,17 @@ def test_the_example_pictures_are_those_of_the_generator():
             assert image.getexif().get(0x0112, 1) == truth["exif_orientation"]
             assert list(ImageOps.exif_transpose(image).size) == truth["size"]
         assert path.stat().st_size < 60_000
+
+
+def test_the_shipped_checkpoint_reads_and_describes_the_examples():
+    shipped = ROOT / "demo" / "checkpoint"
+    network: Any = Florence2ForConditionalGeneration.from_pretrained(shipped, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(shipped)
+    truths = json.loads((ROOT / "demo" / "pictures" / "truth.json").read_text())
+    for name, truth in truths.items():
+        with Image.open(ROOT / "demo" / "pictures" / name) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGB")
+        for prompt in ("<CAPTION>", "<OCR>"):
+            if prompt in truth["answers"]:
+                ids = network.generate(**processor(text=prompt, images=upright, return_tensors="pt"), max_length=40)
+                assert processor.decode(ids[0], skip_special_tokens=True) == truth["answers"][prompt]

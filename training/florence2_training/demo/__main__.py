@@ -28,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", type=Path)
     evaluate.add_argument("--pictures", type=int, default=400, help="of each kind (default: %(default)s)")
     evaluate.add_argument("--seed", type=int, default=1, help="of the held-out pictures (default: %(default)s)")
+    evaluate.add_argument("--greedy", action="store_true", help="one beam instead of the checkpoint's own")
     evaluate.add_argument("--output", type=Path, help="write the table here, too")
     evaluate.set_defaults(run=_evaluate)
     pictures = commands.add_parser("pictures", help="write example pictures and truth.json")
@@ -50,7 +51,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from florence2_training.demo.evaluate import evaluate, markdown
 
-    table = markdown(evaluate(arguments.checkpoint, arguments.pictures, arguments.seed))
+    table = markdown(evaluate(arguments.checkpoint, arguments.pictures, arguments.seed, arguments.greedy))
     print(table, end="")
     if arguments.output:
         arguments.output.write_text(table)

@@ -26,9 +26,10 @@ def ask(
     processor: Florence2Processor,
     pictures: Sequence[Picture],
     samples: Sequence[Sample],
+    greedy: bool = False,
     batch: int = 50,
 ) -> list[Answer]:
-    """One answer per picture, with the checkpoint's own beams and generation settings."""
+    """One answer per picture, with the checkpoint's own generation settings, or with one beam."""
     answers = []
     for start in tqdm(range(0, len(pictures), batch), samples[0].task if samples else ""):
         some = slice(start, start + batch)
@@ -38,8 +39,11 @@ def ask(
             padding=True,
             return_tensors="pt",
         )
-        out = model.generate(**inputs, max_length=128, return_dict_in_generate=True, output_scores=True)
-        logprobs = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices)
+        settings = {"num_beams": 1, "early_stopping": False} if greedy else {}
+        out = model.generate(**inputs, **settings, max_length=128, return_dict_in_generate=True, output_scores=True)
+        # What greedy search returns are logits still.
+        beams = None if greedy else out.beam_indices
+        logprobs = model.compute_transition_scores(out.sequences, out.scores, beams, normalize_logits=greedy)
         for row, picture, sample in zip(range(len(out.sequences)), pictures[some], samples[some], strict=True):
             # The first id is the decoder's start: it has no score.
             tokens = processor.tokenizer.convert_ids_to_tokens(out.sequences[row, 1:])

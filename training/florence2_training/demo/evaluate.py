@@ -47,12 +47,15 @@ def _found(answers: list[Answer], pictures: list[Picture], samples: list[Sample]
     return figures.found(answers, [_wanted(*pair) for pair in zip(pictures, samples, strict=True)])
 
 
+_GROUNDING = "<CAPTION_TO_PHRASE_GROUNDING>"
+_ONE_PHRASE = f"{_GROUNDING} one phrase"
 _CAPTION = ("<CAPTION>", "exact", _exact)
 _PROPOSAL = ("<REGION_PROPOSAL>", "recall at IoU 0.5", _found)
 _SEEING: list[tuple[str, str, Measure]] = [
     ("<OD>", "AP50", _average_precision),
     _CAPTION,
-    ("<CAPTION_TO_PHRASE_GROUNDING>", "found at IoU 0.5", _found),
+    (_GROUNDING, "whole caption, found at IoU 0.5", _found),
+    (_ONE_PHRASE, "one phrase, found at IoU 0.5", _found),
     ("<REGION_TO_CATEGORY>", "exact", _exact),
     _PROPOSAL,
 ]
@@ -69,7 +72,7 @@ _MEASURES = [
 ]
 
 
-def evaluate(checkpoint: Path, count: int, seed: int) -> list[Row]:
+def evaluate(checkpoint: Path, count: int, seed: int, greedy: bool = False) -> list[Row]:
     """`count` pictures of each kind. Half-precision weights are computed with in single precision."""
     model = Florence2ForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint)
@@ -82,9 +85,9 @@ def evaluate(checkpoint: Path, count: int, seed: int) -> list[Row]:
                 pairs = [(picture, _question(task, picture, index)) for index, picture in enumerate(pictures)]
                 some = [(picture, sample) for picture, sample in pairs if sample is not None]
                 seen, samples = [picture for picture, _ in some], [sample for _, sample in some]
-                asked[task] = ask(model, processor, seen, samples), seen, samples
+                asked[task] = ask(model, processor, seen, samples, greedy), seen, samples
             answers, seen, samples = asked[task]
-            rows.append(Row(name, task, figure, len(seen), measure(answers, seen, samples)))
+            rows.append(Row(name, task.split()[0], figure, len(seen), measure(answers, seen, samples)))
     return rows
 
 
@@ -99,10 +102,14 @@ def _wanted(picture: Picture, sample: Sample) -> list[tuple[str, Box]]:
     if sample.task == "<REGION_PROPOSAL>":
         return [("", thing.box) for thing in picture.things]
     phrases = {counted(len(group), name): group for name, group in groups(picture.things).items()}
+    if sample.text in phrases:
+        phrases = {sample.text: phrases[sample.text]}
     return [(phrase, thing.box) for phrase, group in phrases.items() for thing in group]
 
 
 def _question(task: str, picture: Picture, index: int) -> Sample | None:
-    # Grounding is asked for whole captions; the region that is to be named goes round the picture's things.
-    chosen = len(picture.things) if task == "<CAPTION_TO_PHRASE_GROUNDING>" else index
-    return answer(task, picture.kind, picture.things, picture.image.size, chosen)
+    # What is to be named or found goes round the picture's things; past the last, it is the whole caption.
+    chosen = index % max(len(groups(picture.things)), 1) if task == _ONE_PHRASE else index
+    if task == _GROUNDING:
+        chosen = len(picture.things)
+    return answer(task.split()[0], picture.kind, picture.things, picture.image.size, chosen)
