@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -60,7 +59,7 @@ def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
         def step(name: str) -> Iterator[None]:
             bar.set_description(name)
             if bar.disable:
-                print(name, file=sys.stderr, flush=True)
+                print(name, flush=True)
             yield
             bar.update()
 

@@ -80,7 +80,7 @@ def _attend_channels(attention: Any, hidden: Tensor) -> Tensor:
     split = (batch, height * width, attention.groups, channels // attention.groups)
     # HF puts the tokens last; kept before the channels, they are moved in whole rows.
     query, key, value = (part.reshape(split).transpose(1, 2) for part in attention.qkv(hidden).split(channels, dim=-1))
-    weights = torch.softmax(query.transpose(2, 3) @ key * (height * width) ** -0.5, dim=-1)
+    weights = torch.softmax((query * (height * width) ** -0.5).transpose(2, 3) @ key, dim=-1)
     attended = value @ weights.transpose(2, 3)
     return attention.proj(attended.transpose(1, 2).reshape(batch, height, width, channels))
 
