@@ -9,7 +9,7 @@ from florence2_export.source import CheckpointError, Source, one_line
 BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 IMAGE = "<image>"
 
-# The order gives the ids: Microsoft's processing_florence2.py, tokens_to_add.
+# The order gives the ids: Microsoft's processing_florence2.py, tokens_to_add; `desciption` is spelt as there.
 FLORENCE_TOKENS = (
     *("<od>", "</od>", "<ocr>", "</ocr>"),
     *(f"<loc_{index}>" for index in range(1000)),

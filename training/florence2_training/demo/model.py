@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from florence2_export.settings import MICROSOFT_BANNED_PHRASES
 from torch import nn
 from transformers import (
     BartConfig,
@@ -25,13 +26,6 @@ IMAGE_TOKENS = GRID * GRID + 1
 WIDTH = 128
 POSITIONS = 512
 
-# The list of Microsoft's processing_florence2.py, each once.
-_BANNED_PHRASES = """
-it|I|me|mine|you|your|yours|he|him|his|she|her|hers|they|them|their|theirs|one|oneself|we|us|our|ours|its|myself|yourself
-himself|herself|itself|ourselves|yourselves|themselves|this|that|these|those|who|whom|whose|which|what|all|another|any
-anybody|anyone|anything|each|everybody|everyone|everything|few|many|nobody|none|several|some|somebody|someone|something
-each other|one another|the image|image|images|the|a|an|a group|other objects|lots|a set
-"""
 _OCR_PATTERN = "(.+?)" + r"<loc_(\d+)>" * 8
 
 
@@ -48,7 +42,7 @@ def processor() -> Florence2Processor:
     answers = ("pure_text", "description_with_bboxes", "description_with_polygons", "polygons", "bboxes")
     rules: dict[str, dict] = {
         "ocr": {"pattern": _OCR_PATTERN, "area_threshold": 0.0},
-        "phrase_grounding": {"banned_grounding_tokens": _BANNED_PHRASES.strip().replace("\n", "|").split("|")},
+        "phrase_grounding": {"banned_grounding_tokens": list(MICROSOFT_BANNED_PHRASES)},
         **{answer: {} for answer in (*answers, "description_with_bboxes_or_polygons")},
     }
     return Florence2Processor(image_processor, vocabulary.build(), post_processor_config=rules)

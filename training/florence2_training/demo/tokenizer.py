@@ -1,5 +1,6 @@
 """The demo's tokenizer: a byte-level BPE with Florence-2's special tokens, in the order of its ids."""
 
+from florence2_export.tokenizer import FLORENCE_TOKENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import RobertaTokenizer
 
@@ -7,33 +8,6 @@ from florence2.tasks import TASKS
 from florence2_training.demo import words
 
 BART = ("<s>", "<pad>", "</s>", "<unk>")
-LOCATIONS = tuple(f"<loc_{index}>" for index in range(1000))
-# `desciption` is Florence-2's own spelling.
-FLORENCE2 = (
-    *(
-        "<od>",
-        "</od>",
-        "<ocr>",
-        "</ocr>",
-        *LOCATIONS,
-        "<cap>",
-        "</cap>",
-        "<ncap>",
-        "</ncap>",
-        "<dcap>",
-        "</dcap>",
-    ),
-    *("<grounding>", "</grounding>", "<seg>", "</seg>", "<sep>", "<region_cap>", "</region_cap>"),
-    *(
-        "<region_to_desciption>",
-        "</region_to_desciption>",
-        "<proposal>",
-        "</proposal>",
-        "<poly>",
-        "</poly>",
-        "<and>",
-    ),
-)
 IMAGE = "<image>"
 VOCABULARY_MULTIPLE = 64
 
@@ -50,7 +24,7 @@ def build() -> RobertaTokenizer:
     bpe.train_from_iterator(_corpus(), trainer)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_special_tokens([AddedToken("<mask>", lstrip=True)])
-    bpe.add_special_tokens(list(FLORENCE2))
+    bpe.add_special_tokens(list(FLORENCE_TOKENS))
     bpe.add_special_tokens([IMAGE])
     bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
     return RobertaTokenizer(
