@@ -3,3 +3,12 @@
 
 class InvalidRequest(ValueError):
     """What a request asks for can't be done; the text says what to change. Served as INVALID_ARGUMENT."""
+
+
+class Unavailable(RuntimeError):
+    """Nothing is wrong with the request, but it can't be answered now: too many wait, its time is over, or the server
+    stops. Served as UNAVAILABLE."""
+
+
+class Cancelled(RuntimeError):
+    """Whoever asked doesn't want the answer any more. Served as CANCELLED."""

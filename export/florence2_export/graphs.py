@@ -103,7 +103,9 @@ class Encoder(nn.Module):
         image_mask = attention_mask.new_ones(image_features.shape[:2])
         mask = torch.cat([image_mask, attention_mask], dim=1)
         embedded = torch.cat([image_features, encoder.embed_tokens(input_ids)], dim=1)
-        hidden = encoder.layernorm_embedding(embedded + _positions(encoder, torch.arange(embedded.shape[1])))
+        # Padding may reach past the last position.
+        positions = torch.arange(embedded.shape[1]).clamp(max=encoder.config.max_position_embeddings - 1)
+        hidden = encoder.layernorm_embedding(embedded + _positions(encoder, positions))
         bias = _bias(mask[:, None, None, :] != 0, hidden.dtype)
         for layer in encoder.layers:
             attention = layer.self_attn
@@ -123,16 +125,19 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One step of every beam of every request; R = B x num_beams rows, row r belongs to request r // num_beams.
+    """One step of every beam of every running request: R rows, one per beam, in B slots, one per request.
 
-    `input_ids` i64 [B, num_beams]: the last token of each beam. `positions` i64 [B, num_beams]: how many tokens stand
-    before it; a row's cache entries are right-aligned, so its last `positions` ones are read. `beam_indices` i64 [R]:
-    the row whose cache each row continues. `banned_token_ids` i64 [B, num_beams, M]: tokens that may not come next, -1
-    pads.
-    Self-attention caches [R, heads, T, head_dim]; cross-attention caches [B, heads, S, head_dim], once per request: its
-    beams are the query length of cross-attention.
-    -> `candidate_ids` i64 and `candidate_logprobs` f32 [B, num_beams, CANDIDATES], best first; caches
-    [R, heads, T + 1, head_dim].
+    `input_ids` i64 [R]: the last token of each beam. `positions` i64 [R]: how many tokens stand before it, which is the
+    cache column too that its key and value are written to. `banned_token_ids` i64 [R, M]: tokens that may not come
+    next, -1 pads.
+    `moved_from`, `moved_to` i64 [N, 2]: cache entries, as row and column, that are copied before anything is read, all
+    at once: so beams change rows without their caches being copied whole.
+    `beam_rows` i64 [B, K]: the rows of each slot's request, any row where it has fewer beams or the slot is empty;
+    `row_beams` i64 [R]: each row's place in it, counted through. `encoder_attention_mask` i64 [B, S].
+    Self-attention caches [R, heads, T, head_dim], of which a row's first `positions` columns are read; cross-attention
+    caches [B, heads, S, head_dim], once per request: its beams are the query length of cross-attention.
+    -> `candidate_ids` i64 and `candidate_logprobs` f32 [R, CANDIDATES], best first; the self-attention caches, changed.
+    Bound to the same memory as input and output they are changed in place (ScatterND copies only what it must).
     """
 
     def __init__(self, model: Any) -> None:
@@ -145,34 +150,41 @@ class Decoder(nn.Module):
         self,
         input_ids: Tensor,
         positions: Tensor,
-        beam_indices: Tensor,
         banned_token_ids: Tensor,
+        moved_from: Tensor,
+        moved_to: Tensor,
+        beam_rows: Tensor,
+        row_beams: Tensor,
         encoder_attention_mask: Tensor,
         past: list[Tensor],
         cross: list[Tensor],
     ) -> list[Tensor]:
-        decoder, (requests, beams) = self.decoder, input_ids.shape
+        decoder, (slots, beams) = self.decoder, beam_rows.shape
+        rows, heads = torch.arange(input_ids.shape[0]), torch.arange(past[0].shape[1])
+        moved = (moved_from[:, :1], heads, moved_from[:, 1:])
+        changed = torch.cat([moved_to, torch.stack([rows, positions], dim=1)])
+        written = (changed[:, :1], heads, changed[:, 1:])
         hidden = decoder.layernorm_embedding(decoder.embed_tokens(input_ids) + _positions(decoder, positions))
-        past_length = past[0].shape[2]
-        age = past_length - torch.arange(past_length + 1)
-        self_bias = _bias(age <= positions.reshape(-1, 1, 1, 1), hidden.dtype)
+        self_bias = _bias(torch.arange(past[0].shape[2]) <= positions[:, None, None, None], hidden.dtype)
         cross_bias = _bias(encoder_attention_mask[:, None, None, :] != 0, hidden.dtype)
         present = []
         for i, layer in enumerate(decoder.layers):
-            rows = hidden.reshape(requests * beams, 1, -1)
             attention = layer.self_attn
-            query, key, value = (
-                _split(projection(rows), attention.num_heads)
+            query, *new = (
+                projection(hidden).unflatten(-1, (attention.num_heads, -1))
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
-            key = torch.cat([past[2 * i].index_select(0, beam_indices), key], dim=2)
-            value = torch.cat([past[2 * i + 1].index_select(0, beam_indices), value], dim=2)
+            key, value = (
+                cache.index_put(written, torch.cat([cache[moved], entry]))
+                for cache, entry in zip(past[2 * i : 2 * i + 2], new, strict=True)
+            )
             present += [key, value]
-            attended = attention.out_proj(_attend(query * attention.scaling, key, value, self_bias))
-            hidden = layer.self_attn_layer_norm(hidden + attended.reshape(requests, beams, -1))
+            attended = _attend(query[:, :, None] * attention.scaling, key, value, self_bias)[:, 0]
+            hidden = layer.self_attn_layer_norm(hidden + attention.out_proj(attended))
             attention = layer.encoder_attn
-            query = _split(attention.q_proj(hidden), attention.num_heads)
-            attended = _attend(query * attention.scaling, cross[2 * i], cross[2 * i + 1], cross_bias)
+            query = attention.q_proj(hidden)[beam_rows.reshape(-1)].reshape(slots, beams, -1)
+            query = _split(query, attention.num_heads) * attention.scaling
+            attended = _attend(query, cross[2 * i], cross[2 * i + 1], cross_bias).flatten(0, 1)[row_beams]
             hidden = layer.encoder_attn_layer_norm(hidden + attention.out_proj(attended))
             hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
         logprobs = torch.log_softmax(self.lm_head(hidden).float(), dim=-1)
@@ -220,31 +232,38 @@ def _cache_names(sizes: Sizes, direction: str, kind: str) -> list[str]:
 
 
 def _decoder_example(sizes: Sizes) -> tuple:
-    requests, beams, past, encoder_length = 2, 3, 5, 7
-    cache = (sizes.decoder_attention_heads, past, sizes.head_dim)
+    slots, beams, rows, columns, moves, encoder_length = 2, 3, 5, 9, 4, 7
+    cache = (sizes.decoder_attention_heads, columns, sizes.head_dim)
     cross = (sizes.decoder_attention_heads, encoder_length, sizes.head_dim)
     return (
-        torch.ones(requests, beams, dtype=torch.int64),
-        torch.full((requests, beams), past, dtype=torch.int64),
-        torch.arange(requests * beams),
-        torch.full((requests, beams, 2), -1, dtype=torch.int64),
-        torch.ones(requests, encoder_length, dtype=torch.int64),
-        [torch.zeros(requests * beams, *cache) for _ in range(2 * sizes.decoder_layers)],
-        [torch.zeros(requests, *cross) for _ in range(2 * sizes.decoder_layers)],
+        torch.ones(rows, dtype=torch.int64),
+        torch.full((rows,), 6),
+        torch.full((rows, 2), -1, dtype=torch.int64),
+        torch.zeros(moves, 2, dtype=torch.int64),
+        torch.ones(moves, 2, dtype=torch.int64),
+        torch.zeros(slots, beams, dtype=torch.int64),
+        torch.arange(rows),
+        torch.ones(slots, encoder_length, dtype=torch.int64),
+        [torch.zeros(rows, *cache) for _ in range(2 * sizes.decoder_layers)],
+        [torch.zeros(slots, *cross) for _ in range(2 * sizes.decoder_layers)],
     )
 
 
 def _decoder_shapes(sizes: Sizes) -> tuple:
-    batch, beams, banned = Dim("batch"), Dim("num_beams"), Dim("banned")
-    past, encoder_length, caches = Dim("past_length"), Dim("encoder_length"), 2 * sizes.decoder_layers
+    rows, banned, moves = Dim("rows"), Dim("banned"), Dim("moves")
+    slots, beams, encoder_length = Dim("slots"), Dim("num_beams"), Dim("encoder_length")
+    columns, caches = Dim("columns"), 2 * sizes.decoder_layers
     return (
-        {0: batch, 1: beams},
-        {0: batch, 1: beams},
-        {0: Dim.AUTO},
-        {0: batch, 1: beams, 2: banned},
-        {0: batch, 1: encoder_length},
-        [{0: Dim.AUTO, 2: past}] * caches,
-        [{0: batch, 2: encoder_length}] * caches,
+        {0: rows},
+        {0: rows},
+        {0: rows, 1: banned},
+        {0: moves},
+        {0: moves},
+        {0: slots, 1: beams},
+        {0: rows},
+        {0: slots, 1: encoder_length},
+        [{0: rows, 2: columns}] * caches,
+        [{0: slots, 2: encoder_length}] * caches,
     )
 
 
@@ -278,7 +297,8 @@ DECODER = Graph(
     example=_decoder_example,
     dynamic_shapes=_decoder_shapes,
     input_names=lambda s: [
-        *("input_ids", "positions", "beam_indices", "banned_token_ids", "encoder_attention_mask"),
+        *("input_ids", "positions", "banned_token_ids", "moved_from", "moved_to", "beam_rows", "row_beams"),
+        "encoder_attention_mask",
         *_cache_names(s, "past_key_values", "decoder"),
         *_cache_names(s, "past_key_values", "encoder"),
     ],

@@ -4,16 +4,21 @@ The reference is transformers' own code, never the modules the graphs were made 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers.modeling_outputs import BaseModelOutput
 
-from florence2.generation.generate import generate
+from florence2.generation.caches import CacheSizes
+from florence2.generation.engine import Engine
+from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner, session
+from florence2.generation.scheduler import Scheduler
+from florence2.generation.selection import Generation
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Sizes
 from florence2.prompts import PromptEncoder
@@ -26,6 +31,7 @@ AGREEMENT = {"fp32": 0.9}
 may fall either way when sums are rounded in another order."""
 
 PROMPTS = ("<OD>", "<CAPTION>", "<CAPTION_TO_PHRASE_GROUNDING>a green car")
+NUM_BEAMS = (1, 3)
 NEW_TOKENS = 24
 
 
@@ -69,7 +75,8 @@ class Comparison:
         self._note("vision_encoder", np.stack(exported), self.features)
 
     def text(self) -> None:
-        runner = GraphRunner(self.folder)
+        caches = CacheSizes.of(self.sizes, rows=2 * len(PROMPTS) * max(NUM_BEAMS))
+        runner = GraphRunner(self.folder, caches)
         hidden, mask = self._encoder(runner)
         self._decoder(runner, hidden, mask)
         self._generations(runner)
@@ -77,38 +84,40 @@ class Comparison:
     @torch.inference_mode()
     def _encoder(self, runner: GraphRunner) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.features is not None
-        self.caches = runner.encode(self.features, self.prompts, num_beams=2)
-        mask = torch.tensor(self.caches.encoder_attention_mask)
+        settings = self._settings().override(num_beams=2)
+        self.requests = [
+            Request(features, prompt, settings, respond=lambda _: None)
+            for features, prompt in zip(self.features, self.prompts, strict=True)
+        ]
+        lengths = torch.tensor([request.encoder_length for request in self.requests])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(torch.int64)
         hidden = reference_hidden(self.checkpoint.model, self.features, self.prompts, mask)
-        expected, exported = [], []
-        for index, layer in enumerate(self.checkpoint.model.model.language_model.decoder.layers):
-            for part, projection in (
-                ("key", layer.encoder_attn.k_proj),
-                ("value", layer.encoder_attn.v_proj),
-            ):
-                cache = self.caches.cross[f"past_key_values.{index}.encoder.{part}"]
-                # What stands on padding is never read.
-                exported.append(cache.transpose(0, 2, 1, 3).reshape(hidden.shape)[mask.numpy() != 0])
-                expected.append(projection(hidden)[mask != 0].numpy())
-        self._note("encoder", np.stack(exported), np.stack(expected))
+        runner.encode(self.requests)
+        for request, expected in zip(self.requests, hidden, strict=True):
+            caches = runner.cross_attention(request)
+            for index, layer in enumerate(self.checkpoint.model.model.language_model.decoder.layers):
+                for part, projection in (("key", layer.encoder_attn.k_proj), ("value", layer.encoder_attn.v_proj)):
+                    found = caches[f"past_key_values.{index}.encoder.{part}"].transpose(1, 0, 2)
+                    self._note("encoder", found.reshape(len(found), -1), projection(expected[: len(found)]).numpy())
         return hidden, mask
 
     @torch.inference_mode()
     def _decoder(self, runner: GraphRunner, hidden: torch.Tensor, mask: torch.Tensor) -> None:
-        """Two random continuations per request, step by step with caches that change rows, against a pass over each."""
+        """Two random continuations per request, step by step, beams changing places, against a pass over each."""
         requests, beams, steps = len(PROMPTS), 2, 6
         rng = np.random.default_rng(0)
         tokens = rng.integers(0, self.sizes.vocab_size, (requests, beams, steps))
-        swap = np.arange(requests * beams).reshape(requests, beams)[:, ::-1].reshape(-1)
         for step in range(steps):
             # The beams of a request change places at every step, and so do their tokens.
             tokens[:, :, :step] = tokens[:, ::-1, :step]
-            positions = np.full((requests, beams), step)
-            found, logprobs = runner.decode(
-                self.caches, tokens[:, :, step], positions, swap, [np.zeros(0, np.int64)] * requests * beams
-            )
+            for request, own in zip(self.requests, tokens[:, :, : step + 1], strict=True):
+                request.search = cast(Any, _Forced(own))
+            candidates = runner.decode(self.requests)
             expected = self._reference_logprobs(tokens[:, :, : step + 1], hidden, mask)
-            self._note("decoder", logprobs, np.take_along_axis(expected, found, axis=2))
+            for (found, logprobs), reference in zip(candidates, expected, strict=True):
+                self._note("decoder", logprobs, np.take_along_axis(reference, found, axis=1))
+        for request in self.requests:
+            runner.release(request)
 
     def _reference_logprobs(self, tokens: NDArray[np.int64], hidden: torch.Tensor, mask: torch.Tensor) -> NDArray[Any]:
         requests, beams, steps = tokens.shape
@@ -120,15 +129,28 @@ class Comparison:
         return output.logits[:, -1].log_softmax(dim=-1).reshape(requests, beams, -1).numpy()
 
     def _generations(self, runner: GraphRunner) -> None:
+        """All at once, as they are served."""
         assert self.features is not None
-        settings = GenerationSettings.from_config(self.checkpoint.generation, self.sizes.max_position_embeddings)
+        engine = Engine(runner, Scheduler(runner.caches, max_waiting=len(PROMPTS) * len(NUM_BEAMS), encoder_batch=2))
+        expected: list[list[int]] = []
+        found: dict[int, Generation | Exception] = {}
         for features, prompt in zip(self.features, self.prompts, strict=True):
-            for num_beams in (1, 3):
+            for num_beams in NUM_BEAMS:
                 asked: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": NEW_TOKENS}
-                expected = reference_generate(self.checkpoint.model, features, prompt, **asked)
-                found = generate(runner, features, prompt, settings.override(**asked))
-                self.parity.generations += 1
-                self.parity.generations_equal += found.token_ids.tolist() == expected.sequences[0].tolist()
+                respond = partial(found.__setitem__, len(expected))
+                engine.submit(Request(features, prompt, self._settings().override(**asked), respond))
+                reference = reference_generate(self.checkpoint.model, features, prompt, **asked)
+                expected.append(reference.sequences[0].tolist())
+        engine.finish()
+        for index, reference in enumerate(expected):
+            answer = found[index]
+            if isinstance(answer, Exception):
+                raise answer
+            self.parity.generations += 1
+            self.parity.generations_equal += answer.token_ids.tolist() == reference
+
+    def _settings(self) -> GenerationSettings:
+        return GenerationSettings.from_config(self.checkpoint.generation, self.sizes.max_position_embeddings)
 
     def _note(self, graph: str, exported: NDArray[Any], expected: NDArray[Any]) -> None:
         absolute = float(np.abs(exported - expected).max())
@@ -136,6 +158,18 @@ class Comparison:
         before = self.parity.graphs.get(graph, found)
         # NaN must not be lost to a comparison.
         self.parity.graphs[graph] = {name: float(np.maximum(found[name], before[name])) for name in found}
+
+
+class _Forced:
+    """A search whose tokens, [K, length], are given, and whose beams change places at every step."""
+
+    def __init__(self, tokens: NDArray[np.int64]) -> None:
+        self.input_ids = tokens[:, -1]
+        self.length = tokens.shape[1]
+        self.beam_indices = np.arange(len(tokens))[::-1]
+
+    def banned_tokens(self) -> list[NDArray[np.int64]]:
+        return [np.zeros(0, np.int64)] * len(self.input_ids)
 
 
 @torch.inference_mode()

@@ -1,14 +1,21 @@
-"""The encoder and decoder graphs in ONNX Runtime, caches included."""
+"""The encoder and decoder graphs in ONNX Runtime, for requests that come and go.
+
+The caches stay where they are, on the device: the graphs read and change them in place (IO binding), and of a step only
+the candidates come back.
+"""
 
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from florence2.generation.caches import CacheSizes, Rows, fitted
+from florence2.generation.memory import Cache
+from florence2.generation.request import Request
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
@@ -16,70 +23,180 @@ if TYPE_CHECKING:
 Ids = NDArray[np.int64]
 
 CPU = ("CPUExecutionProvider",)
-
-
-@dataclass
-class Caches:
-    """What the decoder reads for a batch of requests: B requests, R = B x num_beams rows."""
-
-    cross: dict[str, Any]
-    """Cross-attention keys and values [B, heads, S, head_dim], once per request, under the decoder's input names."""
-    encoder_attention_mask: Any
-    past: dict[str, Any]
-    """Self-attention keys and values [R, heads, T, head_dim], right-aligned, under the decoder's input names."""
+DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class GraphRunner:
-    """Runs `encoder.onnx` once per request and `decoder.onnx` once per step."""
+    """Runs `encoder.onnx` once per request and `decoder.onnx` once per step of all of them.
 
-    def __init__(self, folder: Path, providers: Sequence[str] = CPU, threads: int = 0) -> None:
-        self.encoder = session(folder / "encoder.onnx", providers, threads)
-        self.decoder = session(folder / "decoder.onnx", providers, threads)
-        self._encoder_outputs = [output.name for output in self.encoder.get_outputs()]
-        self._decoder_outputs = [output.name for output in self.decoder.get_outputs()]
-        inputs = {graph_input.name: graph_input.shape for graph_input in self.decoder.get_inputs()}
-        self._past_shapes = {
-            name: shape for name, shape in inputs.items() if name.endswith((".decoder.key", ".decoder.value"))
+    A running request has a slot in the cross-attention caches and a row per beam in the self-attention caches.
+    """
+
+    def __init__(self, folder: Path, caches: CacheSizes, providers: Sequence[str] = CPU, threads: int = 0) -> None:
+        self.caches = caches
+        self._encoder = session(folder / "encoder.onnx", providers, threads)
+        self._decoder = session(folder / "decoder.onnx", providers, threads)
+        self._encoding, self._decoding = self._encoder.io_binding(), self._decoder.io_binding()
+        self._past = self._allocate("decoder", caches.decoder_entries)
+        self._cross = self._allocate("encoder", caches.encoder_entries)
+        self._past_columns = self._cross_columns = 0
+        self._placement = Rows(caches.rows, caches.decoder_entries)
+        self._rows: dict[Request, Ids] = {}
+        self._slots: dict[Request, int] = {}
+        self._bound: tuple[int, int] | None = None
+        """Rows and slots that the decoder's binding is for; None if caches have moved since."""
+        self._candidates: tuple[Any, Any]
+
+    def _allocate(self, kind: str, entries: int) -> dict[str, Cache]:
+        """Under the decoder's input names."""
+        device = DEVICES[self._decoder.get_providers()[0]]
+        return {
+            found.name: Cache(entries, found.shape[1], found.shape[3], TYPES[found.type], device)
+            for found in self._decoder.get_inputs()
+            if found.name.endswith((f".{kind}.key", f".{kind}.value"))
         }
 
-    def encode(self, image_features: NDArray[np.float32], prompts: Sequence[Ids], num_beams: int) -> Caches:
-        """`image_features` [B, N, D] and one prompt of token ids per request -> their caches, nothing decoded yet."""
-        length = max(map(len, prompts))
-        attention_mask = np.array([[1] * len(p) + [0] * (length - len(p)) for p in prompts], np.int64)
-        input_ids = np.array([[*p, *[0] * (length - len(p))] for p in prompts], np.int64)
-        feeds = {"image_features": image_features, "input_ids": input_ids, "attention_mask": attention_mask}
-        outputs = dict(zip(self._encoder_outputs, self.encoder.run(None, feeds), strict=True))
-        rows = len(prompts) * num_beams
-        return Caches(
-            encoder_attention_mask=outputs.pop("encoder_attention_mask"),
-            cross={_as_past(name): value for name, value in outputs.items()},
-            past={
-                name: np.zeros((rows, heads, 0, head_dim), np.float32)
-                for name, (_, heads, _, head_dim) in self._past_shapes.items()
-            },
-        )
+    def encode(self, requests: Sequence[Request]) -> None:
+        """Gives each a slot and fills it. Slots side by side are filled in one run, prompts padded to the columns."""
+        self._widen_cross([*self._slots, *requests])
+        free = np.setdiff1d(np.arange(self.caches.rows), list(self._slots.values()))[: len(requests)].tolist()
+        self._slots |= dict(zip(requests, free, strict=True))
+        first = 0
+        for last in range(1, len(free) + 1):
+            if last == len(free) or free[last] != free[last - 1] + 1:
+                self._run_encoder(requests[first:last], free[first])
+                first = last
 
-    def decode(
-        self, caches: Caches, input_ids: Ids, positions: Ids, beam_indices: Ids, banned: Sequence[Ids]
-    ) -> tuple[Ids, NDArray[np.float32]]:
-        """One step. `input_ids`, `positions` [B, K]; `beam_indices` [R]; `banned` R lists of token ids -> candidate ids
-        and log-probabilities [B, K, C]. The caches move on by one token."""
-        widest = max(1, *map(len, banned))
-        padded = np.full((len(banned), widest), -1, np.int64)
-        for row, tokens in zip(padded, banned, strict=True):
-            row[: len(tokens)] = tokens
+    def _run_encoder(self, requests: Sequence[Request], slot: int) -> None:
+        binding = self._encoding
+        input_ids = np.zeros((len(requests), self._cross_columns - len(requests[0].image_features)), np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        for row, mask, request in zip(input_ids, attention_mask, requests, strict=True):
+            row[: len(request.prompt_ids)] = request.prompt_ids
+            mask[: len(request.prompt_ids)] = 1
+        dtype = TYPES[self._encoder.get_inputs()[0].type]
+        binding.bind_cpu_input("image_features", np.stack([r.image_features for r in requests]).astype(dtype))
+        binding.bind_cpu_input("input_ids", input_ids)
+        binding.bind_cpu_input("attention_mask", attention_mask)
+        for name, cache in self._cross.items():
+            cache.bind(binding, len(requests), first=slot, output=name.replace("past_key_values", "present"))
+        self._encoder.run_with_iobinding(binding)
+
+    def decode(self, requests: Sequence[Request]) -> list[tuple[Ids, NDArray[np.float32]]]:
+        """One step of all of them -> per request candidate ids and log-probabilities [num_beams, C], best first."""
+        if 2 * len(self._slots) <= self._slots_used:
+            self._reshape_cross(self._cross_columns)
+        parents = np.concatenate([self._parents(request) for request in requests])
+        lengths = np.concatenate([np.full(r.num_beams, r.search.length - 1) for r in requests])
+        parents = self._widen_past(parents, int(lengths.max()) + 1)
+        rows, moved_from, moved_to = self._placement.place(parents, lengths)
+        ends = np.cumsum([request.num_beams for request in requests])
+        self._rows = dict(zip(requests, np.split(rows, ends[:-1]), strict=True))
+        # Rows that are read for the last time go along, with any token.
+        count = max(len(rows), int(parents.max()) + 1)
+        positions, input_ids = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        positions[rows], input_ids[rows] = lengths, np.concatenate([request.search.input_ids for request in requests])
+        self._bind_caches(count, self._slots_used)
         feeds = {
             "input_ids": input_ids,
             "positions": positions,
-            "beam_indices": beam_indices,
-            "banned_token_ids": padded.reshape(*input_ids.shape, widest),
-            "encoder_attention_mask": caches.encoder_attention_mask,
-            **caches.past,
-            **caches.cross,
+            "banned_token_ids": self._banned(count),
+            "moved_from": moved_from,
+            "moved_to": moved_to,
+            **self._cross_attention(count),
         }
-        ids, logprobs, *present = self.decoder.run(None, feeds)
-        caches.past = {_as_past(name): value for name, value in zip(self._decoder_outputs[2:], present, strict=True)}
-        return ids, logprobs
+        for name, value in feeds.items():
+            self._decoding.bind_cpu_input(name, value)
+        self._decoder.run_with_iobinding(self._decoding)
+        ids, logprobs = (value.numpy() for value in self._candidates)
+        return [(ids[rows], logprobs[rows]) for rows in self._rows.values()]
+
+    def release(self, request: Request) -> None:
+        """Its slot and rows are free from now on."""
+        self._slots.pop(request, None)
+        self._rows.pop(request, None)
+
+    def cross_attention(self, request: Request) -> dict[str, NDArray[Any]]:
+        """The keys and values [heads, S, head_dim] that were made of its picture and prompt, under the decoder's input
+        names."""
+        slot, length = self._slots[request], request.encoder_length
+        return {name: cache.read(slot)[:, :length] for name, cache in self._cross.items()}
+
+    @property
+    def _slots_used(self) -> int:
+        """Counted up to the last one in use."""
+        return max(self._slots.values(), default=-1) + 1
+
+    def _parents(self, request: Request) -> Ids:
+        rows = self._rows.get(request)
+        return np.full(request.num_beams, -1) if rows is None else rows[request.search.beam_indices]
+
+    def _widen_past(self, parents: Ids, needed: int) -> Ids:
+        """Caches with room for `needed` columns -> the rows that beams continue, by their new numbers."""
+        columns = fitted(needed, self._past_columns, len(parents), self.caches.decoder_entries)
+        if columns == self._past_columns:
+            return parents
+        kept = np.unique(parents[parents >= 0])
+        for cache in self._past.values():
+            cache.reshape(kept, columns)
+        self._placement.keep(kept, columns)
+        self._past_columns, self._bound = columns, None
+        return np.where(parents < 0, -1, np.searchsorted(kept, parents))
+
+    def _widen_cross(self, requests: Sequence[Request]) -> None:
+        needed = max(request.encoder_length for request in requests)
+        slots = max(self._slots_used, len(requests))
+        columns = fitted(needed, self._cross_columns, slots, self.caches.encoder_entries)
+        if columns != self._cross_columns:
+            self._reshape_cross(columns)
+
+    def _reshape_cross(self, columns: int) -> None:
+        """To other columns, and without gaps between the slots in use."""
+        kept = np.array(list(self._slots.values()), np.int64)
+        for cache in self._cross.values():
+            cache.reshape(kept, columns)
+        self._slots = {request: slot for slot, request in enumerate(self._slots)}
+        self._cross_columns, self._bound = columns, None
+
+    def _bind_caches(self, rows: int, slots: int) -> None:
+        if self._bound == (rows, slots):
+            return
+        from onnxruntime import OrtValue
+
+        self._bound = rows, slots
+        for name, cache in self._past.items():
+            cache.bind(self._decoding, rows, input=name, output=name.replace("past_key_values", "present"))
+        for name, cache in self._cross.items():
+            cache.bind(self._decoding, slots, input=name)
+        shape = (rows, self._decoder.get_outputs()[0].shape[1])
+        ids, logprobs = (OrtValue.ortvalue_from_numpy(np.empty(shape, dtype)) for dtype in (np.int64, np.float32))
+        self._decoding.bind_ortvalue_output("candidate_ids", ids)
+        self._decoding.bind_ortvalue_output("candidate_logprobs", logprobs)
+        self._candidates = ids, logprobs
+
+    def _banned(self, rows: int) -> Ids:
+        by_row = [
+            pair
+            for request, own in self._rows.items()
+            for pair in zip(own, request.search.banned_tokens(), strict=True)
+        ]
+        banned = np.full((rows, max(1, *(len(tokens) for _, tokens in by_row))), -1)
+        for row, tokens in by_row:
+            banned[row, : len(tokens)] = tokens
+        return banned
+
+    def _cross_attention(self, rows: int) -> dict[str, Ids]:
+        """Which rows ask which slot, and how much of it there is."""
+        beams = max(map(len, self._rows.values()))
+        beam_rows, row_beams = np.zeros((self._slots_used, beams), np.int64), np.zeros(rows, np.int64)
+        mask = np.zeros((self._slots_used, self._cross_columns), np.int64)
+        for request, own in self._rows.items():
+            slot = self._slots[request]
+            beam_rows[slot, : len(own)] = own
+            row_beams[own] = slot * beams + np.arange(len(own))
+            mask[slot, : request.encoder_length] = 1
+        return {"beam_rows": beam_rows, "row_beams": row_beams, "encoder_attention_mask": mask}
 
 
 def session(path: Path, providers: Sequence[str] = CPU, threads: int = 0) -> "InferenceSession":
@@ -102,7 +219,3 @@ def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
         return cores
-
-
-def _as_past(name: str) -> str:
-    return name.replace("present.", "past_key_values.", 1)

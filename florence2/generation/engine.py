@@ -1,0 +1,175 @@
+"""In-flight beam search: every running request shares every step, each with settings of its own."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from florence2.errors import Cancelled, Unavailable
+from florence2.generation.request import Request
+from florence2.generation.scheduler import Scheduler
+from florence2.generation.selection import Generation
+
+logger = logging.getLogger(__name__)
+
+ASKED_EVERY = 0.05
+"""Seconds between two times that running requests are asked whether they were cancelled: each time goes to the server
+and back."""
+
+Candidates = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+
+class Runner(Protocol):
+    """What runs the graphs, or stands in for it."""
+
+    def encode(self, requests: Sequence[Request]) -> None:
+        """Make these ready to be decoded, together."""
+
+    def decode(self, requests: Sequence[Request]) -> list[Candidates]:
+        """One step of all of them -> per request candidate ids and log-probabilities [num_beams, C], best first."""
+
+    def release(self, request: Request) -> None:
+        """It won't be decoded any more, or never was ready to be."""
+
+
+@dataclass
+class Counters:
+    """Since the engine was made."""
+
+    steps: int = 0
+    tokens: int = 0
+    """One per step of every request, whatever its beams."""
+    encoder_seconds: float = 0.0
+    decoder_seconds: float = 0.0
+
+
+class Engine:
+    """`submit` may be called from any thread, `step` from one."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
+        self.runner, self.scheduler = runner, scheduler
+        self.counters = Counters()
+        self._changed = threading.Condition()
+        self._closed: str | None = None
+        self._ask_next = 0.0
+
+    def submit(self, request: Request) -> None:
+        """Returns at once; the answer comes through `request.respond`. Raises InvalidRequest or Unavailable."""
+        with self._changed:
+            if self._closed:
+                raise Unavailable(self._closed)
+            self.scheduler.add(request)
+            self._changed.notify()
+
+    def step(self) -> None:
+        """Who has gone makes room, who waits moves in, all that run get their next token."""
+        self._give_up()
+        self._encode(self._admit())
+        self._decode(list(self.scheduler.running))
+
+    def _give_up(self) -> None:
+        """Those whose time is over, waiting or running, and those who were cancelled while they ran."""
+        now = time.monotonic()
+        ask = now >= self._ask_next
+        if ask:
+            self._ask_next = now + ASKED_EVERY
+        with self._changed:
+            running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
+        for request in (*running, *waiting):
+            if now >= request.deadline:
+                self._retire(request, Unavailable("the request's time is over; ask for less, or allow more time"))
+        for request in running if ask else ():
+            if now < request.deadline and request.is_cancelled():
+                self._retire(request, Cancelled("the request was cancelled"))
+
+    def _admit(self) -> list[Request]:
+        with self._changed:
+            admitted = self.scheduler.admit()
+        cancelled = [request for request in admitted if request.is_cancelled()]
+        self._fail(cancelled, Cancelled("the request was cancelled"))
+        return [request for request in admitted if request not in cancelled]
+
+    def _encode(self, admitted: list[Request]) -> None:
+        if not admitted:
+            return
+        started = time.perf_counter()
+        try:
+            self.runner.encode(admitted)
+        except Exception as error:
+            self._fail(admitted, error)
+        self.counters.encoder_seconds += time.perf_counter() - started
+
+    def _decode(self, running: list[Request]) -> None:
+        if not running:
+            return
+        started = time.perf_counter()
+        try:
+            candidates = self.runner.decode(running)
+        except Exception as error:
+            self._fail(running, error)
+            return
+        self.counters.steps += 1
+        self.counters.tokens += len(running)
+        self.counters.decoder_seconds += time.perf_counter() - started
+        for request, found in zip(running, candidates, strict=True):
+            self._advance(request, found)
+
+    def _advance(self, request: Request, found: Candidates) -> None:
+        try:
+            request.search.advance(*found)
+            answer = request.search.result() if request.search.finished else None
+        except Exception as error:
+            self._fail([request], error)
+            return
+        if answer:
+            self._retire(request, answer)
+
+    def _fail(self, requests: list[Request], error: Exception) -> None:
+        for request in requests:
+            self._retire(request, error)
+
+    def _retire(self, request: Request, answer: Generation | Exception) -> None:
+        with self._changed:
+            self.scheduler.remove(request)
+        self.runner.release(request)
+        try:
+            request.respond(answer)
+        except Exception:
+            logger.exception("an answer could not be delivered")
+
+    def run(self, after_step: Callable[[], None] = lambda: None) -> None:
+        """Step while there is something to do, wait while there is not, until `close`. Whoever is left then, or when
+        the engine itself fails, is told."""
+        reason = "the engine has failed"
+        try:
+            while self._wait():
+                self.step()
+                after_step()
+            reason = "the server is stopping"
+        finally:
+            self.close(reason)
+            with self._changed:
+                left = [*self.scheduler.running, *self.scheduler.waiting]
+            for request in left:
+                self._retire(request, Unavailable(reason))
+
+    def _wait(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self.scheduler.running or self.scheduler.waiting)
+            return not self._closed
+
+    def close(self, reason: str = "the server is stopping") -> None:
+        """No request is taken any more, and `run` returns after its step."""
+        with self._changed:
+            self._closed = self._closed or reason
+            self._changed.notify()
+
+    def finish(self) -> None:
+        """Step, in the caller's thread, until nothing is left to do."""
+        while self.scheduler.running or self.scheduler.waiting:
+            self.step()
