@@ -139,8 +139,11 @@ class Florence2Client:
                 if options[name] is not None
             ),
         ]
-        # Over HTTP the connection's timeout holds; gRPC has one per call.
-        timeout = {"client_timeout": self.timeout} if self._protocol == "grpc" else {}
+        # The server is told, in microseconds, to give up when we do. Over HTTP the connection's timeout holds; gRPC has
+        # one per call.
+        timeout: dict[str, Any] = {"timeout": int(self.timeout * 1e6)}
+        if self._protocol == "grpc":
+            timeout["client_timeout"] = self.timeout
         try:
             return self._answer(self._client.infer(self.model, inputs, **timeout))
         except InferenceServerException as error:

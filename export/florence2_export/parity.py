@@ -75,7 +75,7 @@ class Comparison:
         self._note("vision_encoder", np.stack(exported), self.features)
 
     def text(self) -> None:
-        caches = CacheSizes.of(self.sizes, rows=2 * len(PROMPTS) * max(NUM_BEAMS))
+        caches = CacheSizes.of(self.sizes, rows=2 * len(PROMPTS) * max(NUM_BEAMS), length=NEW_TOKENS + 1)
         runner = GraphRunner(self.folder, caches)
         hidden, mask = self._encoder(runner)
         self._decoder(runner, hidden, mask)

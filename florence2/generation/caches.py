@@ -48,6 +48,12 @@ class CacheSizes:
     def bytes(self) -> int:
         return (self.decoder_entries + self.encoder_entries) * self.entry_bytes
 
+    def __str__(self) -> str:
+        return (
+            f"caches of at most {self.bytes / 1e6:.0f} MB: {self.rows} rows (beams) with {self.decoder_entries} tokens "
+            f"in all, {self.encoder_entries} tokens of pictures and prompts"
+        )
+
     def hold(self, requests: Sequence[Request]) -> bool:
         """Whether these requests can run together to the end, whatever they generate."""
         rows = sum(request.num_beams for request in requests)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -37,13 +37,28 @@ class Runner(Protocol):
         """It won't be decoded any more, or never was ready to be."""
 
 
+COUNTERS = {
+    "florence2_steps_total": "Steps of the decoder",
+    "florence2_tokens_total": "Tokens decoded: one per step of every request, whatever its beams",
+    "florence2_encoder_seconds_total": "Time in the encoder graph",
+    "florence2_decoder_seconds_total": "Time in the decoder graph",
+}
+GAUGES = {
+    "florence2_requests_running": "Requests that share the steps",
+    "florence2_requests_waiting": "Requests that wait for rows of the caches",
+    "florence2_rows_used": "Rows of the caches in use, one per beam",
+    "florence2_rows_free": "Rows of the caches that are free",
+    "florence2_tokens_per_step": "Tokens per step since the last report",
+    "florence2_cache_bytes": "Memory that the caches take at most",
+}
+
+
 @dataclass
 class Counters:
     """Since the engine was made."""
 
     steps: int = 0
     tokens: int = 0
-    """One per step of every request, whatever its beams."""
     encoder_seconds: float = 0.0
     decoder_seconds: float = 0.0
 
@@ -57,6 +72,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closed: str | None = None
         self._ask_next = 0.0
+        self._reported = Counters()
 
     def submit(self, request: Request) -> None:
         """Returns at once; the answer comes through `request.respond`. Raises InvalidRequest or Unavailable."""
@@ -160,7 +176,7 @@ class Engine:
 
     def _wait(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self.scheduler.running or self.scheduler.waiting)
+            self._changed.wait_for(lambda: self._closed or not self.is_idle)
             return not self._closed
 
     def close(self, reason: str = "the server is stopping") -> None:
@@ -169,7 +185,29 @@ class Engine:
             self._closed = self._closed or reason
             self._changed.notify()
 
+    def figures(self) -> dict[str, float]:
+        """By the names in COUNTERS and GAUGES."""
+        now, before = self.counters, self._reported
+        self._reported = replace(now)
+        steps, used = now.steps - before.steps, self.scheduler.rows_used
+        return {
+            "florence2_steps_total": now.steps,
+            "florence2_tokens_total": now.tokens,
+            "florence2_encoder_seconds_total": now.encoder_seconds,
+            "florence2_decoder_seconds_total": now.decoder_seconds,
+            "florence2_requests_running": len(self.scheduler.running),
+            "florence2_requests_waiting": len(self.scheduler.waiting),
+            "florence2_rows_used": used,
+            "florence2_rows_free": self.scheduler.caches.rows - used,
+            "florence2_tokens_per_step": (now.tokens - before.tokens) / steps if steps else 0,
+            "florence2_cache_bytes": self.scheduler.caches.bytes,
+        }
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self.scheduler.running or self.scheduler.waiting)
+
     def finish(self) -> None:
         """Step, in the caller's thread, until nothing is left to do."""
-        while self.scheduler.running or self.scheduler.waiting:
+        while not self.is_idle:
             self.step()

@@ -1,5 +1,6 @@
 """Device memory of the caches, which the graphs read and change in place."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -7,6 +8,17 @@ from numpy.typing import DTypeLike, NDArray
 
 if TYPE_CHECKING:
     from onnxruntime import IOBinding
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the machine has left, or the container if that is less."""
+    free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    available = int(free.split()[1]) * 1024
+    try:
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        return min(available, limit - used)
+    except (OSError, ValueError):  # no cgroup v2 here, or no limit ("max")
+        return available
 
 
 class Cache:

@@ -7,8 +7,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from florence2.errors import InvalidRequest
 from florence2.generation.selection import Generation, Selection, start
 from florence2.generation.settings import GenerationSettings
+from florence2.manifest import Sizes
+
+LARGEST_FEATURE = 1e4
+"""Image features come out of a layer norm; squared in 32 bits they must stay far from the end."""
 
 
 @dataclass(eq=False)
@@ -27,6 +32,21 @@ class Request:
 
     def __post_init__(self) -> None:
         self.search = start(self.settings)
+
+    def check(self, sizes: Sizes) -> None:
+        """Raises InvalidRequest for tensors that no preprocessing and vision encoder of this model make."""
+        expected, room = (sizes.image_tokens, sizes.d_model), sizes.max_position_embeddings - sizes.image_tokens
+        if self.image_features.shape != expected:
+            raise InvalidRequest(
+                f"image_features must be {expected[0]} x {expected[1]}, not {self.image_features.shape}"
+            )
+        # Anything else would spread through rows of the caches that other requests use later.
+        if not np.abs(self.image_features).max() < LARGEST_FEATURE:
+            raise InvalidRequest("image_features hold values that are not finite, or larger than any picture's")
+        if not 0 < len(self.prompt_ids) <= room:
+            raise InvalidRequest(f"input_ids must be 1 to {room} tokens, not {len(self.prompt_ids)}")
+        if self.prompt_ids.min() < 0 or self.prompt_ids.max() >= sizes.vocab_size:
+            raise InvalidRequest(f"input_ids must be from 0 to {sizes.vocab_size - 1}")
 
     @property
     def num_beams(self) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.generation.caches import CacheSizes, Rows, fitted
-from florence2.generation.memory import Cache
+from florence2.generation.memory import Cache, available_bytes
 from florence2.generation.request import Request
 
 if TYPE_CHECKING:
@@ -38,8 +38,15 @@ class GraphRunner:
         self._encoder = session(folder / "encoder.onnx", providers, threads)
         self._decoder = session(folder / "decoder.onnx", providers, threads)
         self._encoding, self._decoding = self._encoder.io_binding(), self._decoder.io_binding()
-        self._past = self._allocate("decoder", caches.decoder_entries)
-        self._cross = self._allocate("encoder", caches.encoder_entries)
+        device = DEVICES[self._decoder.get_providers()[0]]
+        # What a GPU has left only the allocation itself tells.
+        if device == "cpu" and caches.bytes > available_bytes():
+            raise ValueError(
+                f"{caches} don't fit: {available_bytes() / 1e6:.0f} MB are free beside the graphs; lower rows or "
+                "cache_length of beam_search"
+            )
+        self._past = self._allocate("decoder", caches.decoder_entries, device)
+        self._cross = self._allocate("encoder", caches.encoder_entries, device)
         self._past_columns = self._cross_columns = 0
         self._placement = Rows(caches.rows, caches.decoder_entries)
         self._rows: dict[Request, Ids] = {}
@@ -48,9 +55,8 @@ class GraphRunner:
         """Rows and slots that the decoder's binding is for; None if caches have moved since."""
         self._candidates: tuple[Any, Any]
 
-    def _allocate(self, kind: str, entries: int) -> dict[str, Cache]:
+    def _allocate(self, kind: str, entries: int, device: str) -> dict[str, Cache]:
         """Under the decoder's input names."""
-        device = DEVICES[self._decoder.get_providers()[0]]
         return {
             found.name: Cache(entries, found.shape[1], found.shape[3], TYPES[found.type], device)
             for found in self._decoder.get_inputs()

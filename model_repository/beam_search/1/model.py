@@ -1,33 +1,93 @@
-"""Image features and prompt token ids -> the answer's tokens."""
+"""Image features and prompt token ids -> the answer's tokens, all requests sharing every step."""
+
+import os
+import time
+from threading import Thread
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
-from florence2.generation.generate import generate
+from florence2.generation.caches import CacheSizes
+from florence2.generation.engine import COUNTERS, GAUGES, Engine
+from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
+from florence2.generation.scheduler import Scheduler
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, read_json
-from florence2.triton import parameters, respond, scalar, tensor, version_folder
+from florence2.triton import Metrics, Responder, parameters, scalar, tensor, version_folder
 
 OVERRIDES = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "length_penalty", "early_stopping")
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        folder = version_folder(args)
-        positions = Manifest.read(folder).sizes.max_position_embeddings
+        folder, given = version_folder(args), parameters(args)
+        self.sizes = Manifest.read(folder).sizes
+        positions = self.sizes.max_position_embeddings
         self.settings = GenerationSettings.from_config(read_json(folder / "generation_config.json"), positions)
-        self.runner = GraphRunner(folder, threads=int(parameters(args)["threads"]))
+        self.timeout = float(given["timeout_seconds"])
+        caches = CacheSizes.of(self.sizes, rows=int(given["rows"]), length=int(given["cache_length"]))
+        pb_utils.Logger.log_info(f"{args['model_name']} {args['model_version']}: {caches}")
+        runner = GraphRunner(folder, caches, threads=int(given["threads"]))
+        scheduler = Scheduler(caches, int(given["max_waiting"]), int(given["encoder_batch"]))
+        self.engine = Engine(runner, scheduler)
+        self.metrics = Metrics(args, COUNTERS, GAUGES)
+        self.metrics.report(self.engine.figures())
+        self.asked_if_ready = False
+        self.thread = Thread(target=self.run, name="engine", daemon=True)
+        self.thread.start()
 
     def execute(self, requests):
-        return [respond(self._answer, request) for request in requests]
+        """Never waits; the engine's thread answers."""
+        for request in requests:
+            responder = Responder(request)
+            try:
+                self.engine.submit(self.accept(request, responder))
+            except Exception as error:
+                responder(error)
 
-    def _answer(self, request):
+    def accept(self, request, responder):
         settings = self.settings.override(**{name: scalar(request, name) for name in OVERRIDES})
-        features, prompt_ids = tensor(request, "image_features")[0], tensor(request, "input_ids")[0]
-        generation = generate(self.runner, features, prompt_ids, settings)
-        return {
-            "token_ids": generation.token_ids[None],
-            "token_logprobs": generation.token_logprobs[None],
-            "sequence_score": np.array([[generation.sequence_score]], np.float32),
-            "finish_reason": np.array([[generation.finish_reason]], np.object_),
-        }
+        # Copies: a request's memory is the server's again when `execute` returns.
+        features, prompt_ids = (tensor(request, name)[0].copy() for name in ("image_features", "input_ids"))
+        accepted = Request(
+            features,
+            prompt_ids,
+            settings,
+            respond=lambda answer: responder(answer if isinstance(answer, Exception) else outputs(answer)),
+            # A request may ask for less time than the model gives, not for more: as in Triton's own queues.
+            deadline=time.monotonic() + min(self.timeout, request.timeout() / 1e6 or self.timeout),
+            is_cancelled=responder.is_cancelled,
+        )
+        accepted.check(self.sizes)
+        return accepted
+
+    def run(self):
+        try:
+            self.engine.run(after_step=self.report)
+        except BaseException as error:
+            pb_utils.Logger.log_error(f"the engine has failed: {error!r}")
+            # A server that doesn't know is_ready must find this process gone; it starts another.
+            if not self.asked_if_ready:
+                os._exit(1)
+
+    def report(self):
+        if self.metrics.are_due() or self.engine.is_idle:
+            self.metrics.report(self.engine.figures())
+
+    def is_ready(self):
+        self.asked_if_ready = True
+        return self.thread.is_alive()
+
+    def finalize(self):
+        self.engine.close()
+        self.thread.join()
+
+
+def outputs(generation):
+    return {
+        "token_ids": generation.token_ids[None],
+        "token_logprobs": generation.token_logprobs[None],
+        "sequence_score": np.array([[generation.sequence_score]], np.float32),
+        "finish_reason": np.array([[generation.finish_reason]], np.object_),
+    }
