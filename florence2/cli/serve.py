@@ -2,11 +2,13 @@
 
 import argparse
 import ipaddress
+import json
 import os
 import signal
 import sys
 import threading
 import time
+import urllib.request
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -31,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cpu",
         help="each model's configs/PROFILE.pbtxt; cpu, the default, is config.pbtxt",
     )
+    parser.add_argument(
+        "--response-cache",
+        type=int,
+        metavar="MEGABYTES",
+        help="memory for answers to identical requests and for the image features of pictures that are asked about "
+        "again (2 MB each for a base model); by default nothing is kept",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
         grpc_port=args.grpc_port,
         metrics_port=args.metrics_port,
         model_config_name=args.profile,
+        cache_size=args.response_cache and args.response_cache * 2**20,
     )
     _stop_on_signals()
     try:
@@ -56,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise ServerError(f"the server stopped by itself with code {code}; its log ends:\n{server.log_tail()}")
     except KeyboardInterrupt:
         _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
+        if args.response_cache:
+            _say(_hits(server))
         try:
             server.stop()
         except KeyboardInterrupt:
@@ -95,6 +107,21 @@ def _warn_of_open_wheel(server: "TritonServer") -> None:
             "without the security fixes since: use NVIDIA's image there",
             file=sys.stderr,
         )
+
+
+def _hits(server: "TritonServer") -> str:
+    """How much of what came in the response cache has answered."""
+    try:
+        with urllib.request.urlopen(f"{server.http_url}/v2/models/stats", timeout=5) as response:
+            models = json.load(response)["model_stats"]
+    except OSError:
+        return "the response cache's figures can't be read: the server has stopped"
+    counts = {model["name"]: model["inference_stats"] for model in models}
+    lines = []
+    for name in (ENSEMBLE, "vision_encoder"):
+        hits, misses = (counts[name][f"cache_{kind}"]["count"] for kind in ("hit", "miss"))
+        lines.append(f"{name} {hits} of {hits + misses} requests")
+    return f"answered from the response cache: {', '.join(lines)}"
 
 
 def _endpoints(server: "TritonServer") -> str:

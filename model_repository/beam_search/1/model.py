@@ -1,7 +1,6 @@
 """Image features and prompt token ids -> the answer's tokens, all requests sharing every step."""
 
 import os
-import time
 from threading import Thread
 
 import numpy as np
@@ -14,7 +13,7 @@ from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, read_json
-from florence2.triton import Metrics, Responder, parameters, scalar, tensor, version_folder
+from florence2.triton import Metrics, Responder, deadline, inputs, parameters, version_folder
 
 OVERRIDES = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "length_penalty", "early_stopping")
 
@@ -47,16 +46,14 @@ class TritonPythonModel:
                 responder(error)
 
     def accept(self, request, responder):
-        settings = self.settings.override(**{name: scalar(request, name) for name in OVERRIDES})
-        # Copies: a request's memory is the server's again when `execute` returns.
-        features, prompt_ids = (tensor(request, name)[0].copy() for name in ("image_features", "input_ids"))
+        given = inputs(request)
+        overrides = {name: value.item() for name, value in given.items() if name in OVERRIDES}
         accepted = Request(
-            features,
-            prompt_ids,
-            settings,
+            given["image_features"],
+            given["input_ids"],
+            self.settings.override(**overrides),
             respond=lambda answer: responder(answer if isinstance(answer, Exception) else outputs(answer)),
-            # A request may ask for less time than the model gives, not for more: as in Triton's own queues.
-            deadline=time.monotonic() + min(self.timeout, request.timeout() / 1e6 or self.timeout),
+            deadline=deadline(request, self.timeout),
             is_cancelled=responder.is_cancelled,
         )
         accepted.check(self.sizes)
@@ -86,8 +83,8 @@ class TritonPythonModel:
 
 def outputs(generation):
     return {
-        "token_ids": generation.token_ids[None],
-        "token_logprobs": generation.token_logprobs[None],
-        "sequence_score": np.array([[generation.sequence_score]], np.float32),
-        "finish_reason": np.array([[generation.finish_reason]], np.object_),
+        "token_ids": generation.token_ids,
+        "token_logprobs": generation.token_logprobs,
+        "sequence_score": np.array([generation.sequence_score], np.float32),
+        "finish_reason": np.array([generation.finish_reason], np.object_),
     }

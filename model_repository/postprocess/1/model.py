@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from florence2.answers import AnswerParser, Detokenizer
 from florence2.manifest import Manifest
 from florence2.prompts import parse
-from florence2.triton import respond, strings, tensor, version_folder
+from florence2.triton import respond, version_folder
 
 
 class TritonPythonModel:
@@ -20,16 +20,16 @@ class TritonPythonModel:
         self.parser = AnswerParser(manifest.banned_grounding_phrases, self.bins)
 
     def execute(self, requests):
-        return [respond(self._answer, request) for request in requests]
+        return [respond(self.answer, request) for request in requests]
 
-    def _answer(self, request):
-        prompt = parse(strings(request, "prompt")[0].decode(), self.bins)
-        width, height = tensor(request, "image_size")[0].tolist()
-        decoded = self.detokenize(tensor(request, "token_ids")[0].tolist())
+    def answer(self, inputs):
+        prompt = parse(inputs["prompt"][0].decode(), self.bins)
+        width, height = inputs["image_size"].tolist()
+        decoded = self.detokenize(inputs["token_ids"].tolist())
         # The decoder start has no log-probability; a box never holds it.
-        logprobs = np.concatenate([[0.0], tensor(request, "token_logprobs")[0]])
+        logprobs = np.concatenate([[0.0], inputs["token_logprobs"]])
         answer = {prompt.key: self.parser.parse(prompt.task, decoded, logprobs, (width, height))}
         return {
-            "answer": np.array([[json.dumps(answer, ensure_ascii=False)]], np.object_),
-            "text": np.array([[decoded.text]], np.object_),
+            "answer": np.array([json.dumps(answer, ensure_ascii=False)], np.object_),
+            "text": np.array([decoded.text], np.object_),
         }

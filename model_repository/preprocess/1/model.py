@@ -7,7 +7,7 @@ from florence2.errors import InvalidRequest
 from florence2.images import Limits, Resizer, decode
 from florence2.manifest import Manifest, read_json
 from florence2.prompts import PromptEncoder
-from florence2.triton import parameters, respond, strings, version_folder
+from florence2.triton import Worker, parameters, version_folder
 
 
 class TritonPythonModel:
@@ -18,20 +18,19 @@ class TritonPythonModel:
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.prompts = PromptEncoder(tokenizer, Manifest.read(folder).sizes)
+        self.worker = Worker(self.answer, given)
 
     def execute(self, requests):
-        return [respond(self._answer, request) for request in requests]
+        for request in requests:
+            self.worker.submit(request)
 
-    def _answer(self, request):
-        (image_file,) = strings(request, "image")
-        (prompt,) = strings(request, "prompt")
+    def answer(self, inputs):
         try:
-            input_ids = self.prompts.encode(prompt.decode())
+            input_ids = self.prompts.encode(inputs["prompt"][0].decode())
         except UnicodeDecodeError:
             raise InvalidRequest("the prompt is not UTF-8") from None
-        image = decode(image_file, self.limits)
-        return {
-            "pixels": self.resizer(image)[None],
-            "input_ids": input_ids[None],
-            "image_size": np.array([image.size], np.int64),
-        }
+        image = decode(inputs["image"][0], self.limits)
+        return {"pixels": self.resizer(image), "input_ids": input_ids, "image_size": np.array(image.size)}
+
+    def finalize(self):
+        self.worker.stop()

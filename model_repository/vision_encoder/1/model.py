@@ -4,7 +4,7 @@ import hashlib
 from collections import OrderedDict
 
 from florence2.generation.runner import session
-from florence2.triton import parameters, respond, tensor, version_folder
+from florence2.triton import Worker, parameters, version_folder
 
 
 class TritonPythonModel:
@@ -13,19 +13,24 @@ class TritonPythonModel:
         self.graph = session(version_folder(args) / "vision_encoder.onnx", threads=int(given["threads"]))
         self.kept = int(given["recent_pictures"])
         self.recent = OrderedDict()
+        self.worker = Worker(self.answer, given)
 
     def execute(self, requests):
-        return [respond(self._answer, request) for request in requests]
+        for request in requests:
+            self.worker.submit(request)
 
-    def _answer(self, request):
+    def answer(self, inputs):
         # Triton looks into its response cache when a request arrives: without this, several tasks on one picture that
         # arrive while the first of them is computed would each be computed.
-        pixels = tensor(request, "pixels")
-        key = hashlib.sha256(pixels).digest()
+        key = hashlib.sha256(inputs["pixels"]).digest()
         if key in self.recent:
             self.recent.move_to_end(key)
-        else:
-            (self.recent[key],) = self.graph.run(None, {"pixels": pixels})
-            if len(self.recent) > self.kept:
-                self.recent.popitem(last=False)
-        return {"image_features": self.recent[key]}
+            return {"image_features": self.recent[key]}
+        ((features,),) = self.graph.run(None, {"pixels": inputs["pixels"][None]})
+        self.recent[key] = features
+        if len(self.recent) > self.kept:
+            self.recent.popitem(last=False)
+        return {"image_features": features}
+
+    def finalize(self):
+        self.worker.stop()
