@@ -116,10 +116,10 @@ def _hits(server: "TritonServer") -> str:
             models = json.load(response)["model_stats"]
     except OSError:
         return "the response cache's figures can't be read: the server has stopped"
-    counts = {model["name"]: model["inference_stats"] for model in models}
     lines = []
     for name in (ENSEMBLE, "vision_encoder"):
-        hits, misses = (counts[name][f"cache_{kind}"]["count"] for kind in ("hit", "miss"))
+        found = [model["inference_stats"] for model in models if model["name"] == name]
+        hits, misses = (sum(stats[f"cache_{kind}"]["count"] for stats in found) for kind in ("hit", "miss"))
         lines.append(f"{name} {hits} of {hits + misses} requests")
     return f"answered from the response cache: {', '.join(lines)}"
 
