@@ -91,6 +91,8 @@ class GraphRunner:
 
     def decode(self, requests: Sequence[Request]) -> list[tuple[Ids, NDArray[np.float32]]]:
         """One step of all of them -> per request candidate ids and log-probabilities [num_beams, C], best first."""
+        if not self._cross_columns:
+            raise MemoryError("what cross-attention reads was lost: memory ran out while another request joined")
         if 2 * len(self._slots) <= self._slots_used:
             self._reshape_cross(self._cross_columns)
         parents = np.concatenate([self._parents(request) for request in requests])
@@ -144,10 +146,12 @@ class GraphRunner:
         if columns == self._past_columns:
             return parents
         kept = np.unique(parents[parents >= 0])
+        # Until all have changed, there are no caches: if memory runs out half-way, the next ones start afresh.
+        self._past_columns, self._bound = 0, None
         for cache in self._past.values():
             cache.reshape(kept, columns)
         self._placement.keep(kept, columns)
-        self._past_columns, self._bound = columns, None
+        self._past_columns = columns
         return np.where(parents < 0, -1, np.searchsorted(kept, parents))
 
     def _widen_cross(self, requests: Sequence[Request]) -> None:
@@ -160,17 +164,18 @@ class GraphRunner:
     def _reshape_cross(self, columns: int) -> None:
         """To other columns, and without gaps between the slots in use."""
         kept = np.array(list(self._slots.values()), np.int64)
+        self._cross_columns, self._bound = 0, None
         for cache in self._cross.values():
             cache.reshape(kept, columns)
         self._slots = {request: slot for slot, request in enumerate(self._slots)}
-        self._cross_columns, self._bound = columns, None
+        self._cross_columns = columns
 
     def _bind_caches(self, rows: int, slots: int) -> None:
         if self._bound == (rows, slots):
             return
         from onnxruntime import OrtValue
 
-        self._bound = rows, slots
+        self._bound = None
         for name, cache in self._past.items():
             cache.bind(self._decoding, rows, input=name, output=name.replace("past_key_values", "present"))
         for name, cache in self._cross.items():
@@ -180,6 +185,7 @@ class GraphRunner:
         self._decoding.bind_ortvalue_output("candidate_ids", ids)
         self._decoding.bind_ortvalue_output("candidate_logprobs", logprobs)
         self._candidates = ids, logprobs
+        self._bound = rows, slots
 
     def _banned(self, rows: int) -> Ids:
         by_row = [
