@@ -23,8 +23,11 @@ from florence2_export.parity import Comparison, Parity, reference_features
 from onnx import numpy_helper
 
 from florence2 import cli
-from florence2.generation.generate import generate
+from florence2.generation.caches import CacheSizes
+from florence2.generation.engine import Engine
+from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner, session
+from florence2.generation.scheduler import Scheduler
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import FILE_NAME, Manifest, Sizes
 
@@ -145,10 +148,16 @@ def answers(folder: Path) -> tuple[np.ndarray, list[list[int]]]:
     """Image features of a picture, and token ids for each of three prompts."""
     pixels = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
     (features,) = session(folder / "vision_encoder.onnx", threads=1).run(None, {"pixels": pixels})
-    runner = GraphRunner(folder, threads=1)
     settings = GenerationSettings.from_config(make.GENERATION, 64).override(max_new_tokens=20)
     prompts = ([0, 40, 2], [0, 50, 60, 70, 2], [0, 80, 90, 2])
-    return features, [generate(runner, features[0], np.array(ids), settings).token_ids.tolist() for ids in prompts]
+    caches = CacheSizes.of(Manifest.read(folder).sizes, rows=len(prompts) * settings.num_beams)
+    runner = GraphRunner(folder, caches, threads=1)
+    engine = Engine(runner, Scheduler(caches, max_waiting=len(prompts), encoder_batch=len(prompts)))
+    found: list[list[Any]] = [[] for _ in prompts]
+    for ids, own in zip(prompts, found, strict=True):
+        engine.submit(Request(features[0], np.array(ids), settings, respond=own.append))
+    engine.finish()
+    return features, [answer.token_ids.tolist() for (answer,) in found]
 
 
 def test_layouts_give_the_same_graphs(root: Path) -> None:

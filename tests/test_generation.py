@@ -1,7 +1,12 @@
 """Generation against transformers' `generate`, and by hand where the rules can be counted out."""
 
 import random
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import checkpoints
@@ -13,15 +18,47 @@ from florence2_export.export import _write_graph, sizes_of
 from florence2_export.graphs import DECODER, ENCODER
 from florence2_export.parity import reference_generate
 from numpy.typing import NDArray
-from transformers import GenerationConfig
+from transformers import Florence2ForConditionalGeneration, GenerationConfig
 
-from florence2.generation.generate import generate
-from florence2.generation.runner import Caches, GraphRunner
-from florence2.generation.selection import Generation, banned_tokens, start
+import florence2.generation.caches as caches_module
+import florence2.generation.engine as engine_module
+from florence2.errors import Cancelled, Unavailable
+from florence2.generation.caches import CacheSizes
+from florence2.generation.engine import Candidates, Engine, Runner
+from florence2.generation.memory import Cache
+from florence2.generation.request import Request
+from florence2.generation.runner import GraphRunner
+from florence2.generation.scheduler import Scheduler
+from florence2.generation.selection import Generation, banned_tokens
 from florence2.generation.settings import GenerationSettings
 
 EOS, BOS = 2, 0
-IMAGE_TOKENS = 5
+IMAGE_TOKENS, POSITIONS = 5, 64
+ROOM = CacheSizes(rows=8, decoder_entries=8 * POSITIONS, encoder_entries=8 * POSITIONS, entry_bytes=1)
+"""For one request, whatever it asks for."""
+DISTINCT = 240
+"""Requests per model that transformers answers once."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A request and what transformers answers."""
+
+    features: NDArray[np.float32]
+    prompt: NDArray[np.int64]
+    asked: dict[str, Any]
+    expected: Generation
+
+    @property
+    def settings(self) -> GenerationSettings:
+        return settings_of(**self.asked)
+
+    def check(self, found: Generation | Exception) -> None:
+        try:
+            assert isinstance(found, Generation), found
+            assert_same(found, self.expected)
+        except AssertionError as error:
+            raise AssertionError(f"{self.asked}, prompt {self.prompt}: {error}") from None
 
 
 @dataclass
@@ -29,22 +66,32 @@ class Exported:
     """A tiny random model and its encoder and decoder in ONNX Runtime."""
 
     model: Any
-    runner: GraphRunner
+    folder: Path
     rows: int
+    runner: GraphRunner
+    questions: list[Question] = field(default_factory=list)
 
-    def request(self, rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def request(self, rng: np.random.Generator, length: int = 6) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Image features and a prompt."""
         features = rng.normal(size=(IMAGE_TOKENS, 16)).astype(np.float32)
-        return features, rng.integers(3, self.rows, rng.integers(2, 9))
+        return features, rng.integers(3, self.rows, length)
 
 
 def decided_model(rows: int, seed: int, eos_bonus: float) -> Any:
-    """Weights so large that answers differ and no two are nearly tied; `eos_bonus` lets some end by themselves."""
-    model: Any = checkpoints.random_model(rows=rows, positions=64, seed=seed)
+    """Weights so large that answers differ and no two are nearly tied; `eos_bonus` lets some end by themselves.
+
+    Two decoder layers: in the second, what a token leaves in the caches depends on all before it.
+    """
+    config: Any = checkpoints.random_model(rows=rows, positions=POSITIONS).config
+    config.text_config.decoder_layers = 2
+    torch.manual_seed(seed)
+    model: Any = Florence2ForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "language_model" in name:
                 parameter.normal_(std=0.2 if "shared" in name else 0.5)
+            elif parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
         embedding = model.get_input_embeddings().weight
         last_norm = model.model.language_model.decoder.layers[-1].final_layer_norm
         last_norm.bias += eos_bonus * embedding[EOS] / embedding[EOS].norm() ** 2
@@ -73,14 +120,20 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     )
     for graph in (ENCODER, DECODER):
         _write_graph(graph, checkpoint, sizes_of(checkpoint), folder)
-    return Exported(model, GraphRunner(folder, threads=1), rows)
+    exported = Exported(model, folder, rows, GraphRunner(folder, ROOM, threads=1))
+    choose, rng = random.Random(seed), np.random.default_rng(seed)
+    for _ in range(DISTINCT):
+        asked = random_settings(choose, rows)
+        features, prompt = exported.request(rng, choose.choice([2, 3, 4, 5, 6, 7, 8, 16, 40]))
+        exported.questions.append(Question(features, prompt, asked, reference(exported, features, prompt, asked)))
+    return exported
 
 
 def random_settings(rng: random.Random, rows: int) -> dict[str, Any]:
     """HF's names and values; None is HF's "not asked for"."""
     tokens = range(3, rows)
     return {
-        "num_beams": rng.choice([1, 1, 2, 3, 3, 4, 5, 8]),
+        "num_beams": rng.choice([1, 1, 2, 3, 3, 4, 5, 6, 7, 8]),
         "length_penalty": rng.choice([0.0, 0.5, 1.0, 2.0, -1.0]),
         "early_stopping": rng.choice([True, False, "never"]),
         "no_repeat_ngram_size": rng.choice([0, 1, 2, 3, 3, 4]),
@@ -93,6 +146,10 @@ def random_settings(rng: random.Random, rows: int) -> dict[str, Any]:
 
 
 IDS = {"decoder_start_token_id": EOS, "eos_token_id": EOS, "bos_token_id": BOS, "pad_token_id": 1}
+
+
+def settings_of(**asked: Any) -> GenerationSettings:
+    return GenerationSettings.from_config(IDS | asked, positions=POSITIONS)
 
 
 def reference(exported: Exported, features: Any, prompt: Any, asked: dict[str, Any]) -> Generation:
@@ -116,19 +173,22 @@ def assert_same(found: Generation, expected: Generation) -> None:
     np.testing.assert_allclose(found.sequence_score, expected.sequence_score, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_equals_transformers(exported: Exported, seed: int) -> None:
-    choose, rng = random.Random(seed), np.random.default_rng(seed)
-    for _ in range(16):
-        asked = random_settings(choose, exported.rows)
-        features, prompt = exported.request(rng)
-        expected = reference(exported, features, prompt, asked)
-        settings = GenerationSettings.from_config(IDS | asked, positions=64)
-        found = generate(exported.runner, features, prompt, settings)
-        try:
-            assert_same(found, expected)
-        except AssertionError as error:
-            raise AssertionError(f"{asked}, prompt {prompt}: {error}") from None
+def generate(runner: Runner, features: Any, prompt: Any, settings: GenerationSettings) -> Generation:
+    """One request by itself."""
+    answers: list[Generation | Exception] = []
+    engine = Engine(runner, Scheduler(ROOM, max_waiting=1, encoder_batch=1))
+    engine.submit(Request(features, prompt, settings, answers.append))
+    engine.finish()
+    (answer,) = answers
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_equals_transformers(exported: Exported, part: int) -> None:
+    for question in exported.questions[part::10]:
+        question.check(generate(exported.runner, question.features, question.prompt, question.settings))
 
 
 def test_any_row_of_the_vocabulary_can_be_chosen(exported: Exported) -> None:
@@ -136,68 +196,182 @@ def test_any_row_of_the_vocabulary_can_be_chosen(exported: Exported) -> None:
     last = exported.rows - 1
     asked = {"num_beams": 3, "suppress_tokens": list(range(last)), "max_new_tokens": 4, "length_penalty": 1.0}
     features, prompt = exported.request(np.random.default_rng(0))
-    found = generate(exported.runner, features, prompt, GenerationSettings.from_config(IDS | asked, positions=64))
+    found = generate(exported.runner, features, prompt, settings_of(**asked))
     assert found.token_ids.tolist() == [EOS, last, last, last, last]
     assert_same(found, reference(exported, features, prompt, asked))
 
 
-def settings_of(**asked: Any) -> GenerationSettings:
-    return GenerationSettings.from_config(IDS | asked, positions=64)
-
-
-def decode_together(runner: GraphRunner, caches: Caches, searches: list[Any]) -> None:
-    """One step of several requests in one batch; what has finished goes along unread."""
-    beams = len(searches[0].input_ids)
-    ids, logprobs = runner.decode(
-        caches,
-        np.stack([search.input_ids for search in searches]),
-        np.stack([np.full(beams, search.length - 1) for search in searches]),
-        np.concatenate([search.beam_indices + beams * index for index, search in enumerate(searches)]),
-        [banned for search in searches for banned in search.banned_tokens()],
-    )
-    for search, *candidates in zip(searches, ids, logprobs, strict=True):
-        if not search.finished:
-            search.advance(*candidates)
-
-
+@pytest.mark.parametrize("head_start", [0, 1, 4])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_requests_in_one_batch_equal_single_ones(exported: Exported, num_beams: int) -> None:
+def test_requests_that_share_steps_equal_single_ones(exported: Exported, num_beams: int, head_start: int) -> None:
+    """Prompts of different lengths; each starts `head_start` steps after the one before."""
     rng = np.random.default_rng(5)
-    settings = settings_of(num_beams=num_beams, max_new_tokens=12, no_repeat_ngram_size=2, length_penalty=2.0)
-    requests = [(exported.request(rng)[0], rng.integers(3, exported.rows, length)) for length in (2, 9, 5, 3)]
-    features, prompts = zip(*requests, strict=True)
-    caches = exported.runner.encode(np.stack(features), prompts, num_beams)
-    searches = [start(settings) for _ in requests]
-    while not all(search.finished for search in searches):
-        decode_together(exported.runner, caches, searches)
-    for search, (picture, prompt) in zip(searches, requests, strict=True):
-        assert_same(search.result(), generate(exported.runner, picture, prompt, settings))
+    settings = settings_of(num_beams=num_beams, max_new_tokens=12, no_repeat_ngram_size=2, suppress_tokens=[EOS])
+    requests = [exported.request(rng, length) for length in (2, 9, 5, 3)]
+    # The single ones run first, in the caches of the largest: what they leave there must never be read.
+    alone = [generate(exported.runner, *request, settings) for request in requests]
+    caches = CacheSizes(rows=4 * num_beams, decoder_entries=512, encoder_entries=64, entry_bytes=1)
+    assert caches.rows * 16 <= 512
+    runner = GraphRunner(exported.folder, caches, threads=1)
+    generate(runner, *exported.request(rng), settings_of(num_beams=min(8, caches.rows), suppress_tokens=[EOS]))
+    engine = Engine(runner, Scheduler(caches, max_waiting=4, encoder_batch=4))
+    found: dict[int, Any] = {}
+    for index, request in enumerate(requests):
+        engine.submit(Request(*request, settings, partial(found.__setitem__, index)))
+        for _ in range(head_start):
+            engine.step()
+    engine.finish()
+    assert engine.counters.steps == 12 + 3 * head_start
+    for index, expected in enumerate(alone):
+        assert_same(found[index], expected)
 
 
-@pytest.mark.parametrize("head_start", [1, 4])
-def test_a_request_can_join_one_that_is_older(exported: Exported, head_start: int) -> None:
-    """Caches are right-aligned: the younger request's is padded on the left, with what must never be read."""
-    rng = np.random.default_rng(6)
-    beams, settings = 2, settings_of(num_beams=2, max_new_tokens=10, suppress_tokens=[EOS])
-    requests = [exported.request(rng) for _ in range(2)]
-    features, prompts = zip(*requests, strict=True)
-    caches = exported.runner.encode(np.stack(features), prompts, beams)
-    first = Caches(
-        cross={name: value[:1] for name, value in caches.cross.items()},
-        encoder_attention_mask=caches.encoder_attention_mask[:1],
-        past={name: value[:beams] for name, value in caches.past.items()},
+@dataclass(eq=False)
+class Visit:
+    """A question on its way, with what is over at which step."""
+
+    question: Question
+    deadline: float
+    leaves: float
+    answers: list[tuple[int, Generation | Exception]] = field(default_factory=list)
+
+
+class Traffic:
+    """Requests that come at random, want random things, and go at random; a step is a second."""
+
+    def __init__(self, runner: GraphRunner, questions: Sequence[Question], seed: int) -> None:
+        self.runner, self.questions, self.choose = runner, questions, random.Random(seed)
+        scheduler = Scheduler(runner.caches, max_waiting=8, encoder_batch=self.choose.randint(1, 4))
+        self.engine = Engine(runner, scheduler)
+        self.now = 0
+        self.visits: list[Visit] = []
+        self.failures: dict[int, list[Exception]] = defaultdict(list)
+        """By step."""
+        self.outcomes: Counter[str] = Counter()
+
+    def run(self, requests: int) -> None:
+        while len(self.visits) < requests:
+            rush = self.now // 50 % 2
+            for _ in range(self.choose.choice([0, 0, 1, 2, 5] if rush else [0, 0, 0, 0, 0, 1])):
+                self._arrive()
+            self._step()
+        while not self.engine.is_idle:
+            self._step()
+        for visit in self.visits:
+            self._check(visit)
+
+    def _arrive(self) -> None:
+        """Some are late when they come."""
+        deadline = self.now + self.choose.randint(0, 25) if self.choose.random() < 0.1 else np.inf
+        leaves = self.now + self.choose.randint(0, 25) if self.choose.random() < 0.1 else np.inf
+        visit = Visit(self.choose.choice(self.questions), deadline, leaves)
+        request = Request(
+            visit.question.features,
+            visit.question.prompt,
+            visit.question.settings,
+            respond=lambda answer: visit.answers.append((self.now, answer)),
+            deadline=deadline,
+            is_cancelled=lambda: self.now >= leaves,
+        )
+        full = len(self.engine.scheduler.waiting) == self.engine.scheduler.max_waiting
+        try:
+            self.engine.submit(request)
+        except Unavailable:
+            assert full
+            self.outcomes["refused"] += 1
+        else:
+            assert not full
+            self.visits.append(visit)
+
+    def _step(self) -> None:
+        self.engine.step()
+        self.now += 1
+
+    def _check(self, visit: Visit) -> None:
+        ((then, answer),) = visit.answers
+        self.outcomes[type(answer).__name__] += 1
+        if then >= visit.deadline:
+            assert isinstance(answer, Unavailable)
+        elif then >= visit.leaves:
+            assert isinstance(answer, Cancelled)
+        elif isinstance(answer, (RuntimeError, MemoryError)):
+            assert type(answer) in map(type, self.failures[then])
+        else:
+            visit.question.check(answer)
+
+
+@pytest.fixture
+def traffic(exported: Exported, seed: int, monkeypatch: pytest.MonkeyPatch) -> Traffic:
+    """Through caches of which a few requests fill every row, or every entry, and which change shape all the time."""
+    choose = random.Random(seed)
+    block = choose.choice([1, 2, 5, 16])
+    monkeypatch.setattr(caches_module, "BLOCK", block)
+    # What the largest question takes, and up to three times as much.
+    columns, encoder_columns = (-(-longest // block) * block for longest in (25, IMAGE_TOKENS + 40))
+    caches = CacheSizes(
+        rows=choose.choice([8, 9, 12, 24]),
+        decoder_entries=8 * columns + choose.randint(0, 16 * columns),
+        encoder_entries=encoder_columns + choose.randint(0, 2 * encoder_columns),
+        entry_bytes=1,
     )
-    searches = [start(settings) for _ in requests]
-    for _ in range(head_start):
-        decode_together(exported.runner, first, searches[:1])
-    caches.past = {
-        name: np.concatenate([value, rng.normal(0, 9, value.shape).astype(np.float32)])
-        for name, value in first.past.items()
-    }
-    while not all(search.finished for search in searches):
-        decode_together(exported.runner, caches, searches)
-    for search, (picture, prompt) in zip(searches, requests, strict=True):
-        assert_same(search.result(), generate(exported.runner, picture, prompt, settings))
+    traffic = Traffic(GraphRunner(exported.folder, caches, threads=1), exported.questions, seed)
+    clock = SimpleNamespace(monotonic=lambda: traffic.now, perf_counter=lambda: 0.0)
+    monkeypatch.setattr(engine_module, "time", clock)
+    monkeypatch.setattr(engine_module, "ASKED_EVERY", 0)
+    return traffic
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_traffic_equals_transformers(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
+    past, cross = (
+        note_shapes(next(iter(caches.values())), monkeypatch)
+        for caches in (traffic.runner._past, traffic.runner._cross)
+    )
+    traffic.run(requests=400)
+    assert min(len(past), len(cross)) > 5
+    assert traffic.outcomes["Generation"] > 300
+    assert min(traffic.outcomes[name] for name in ("Cancelled", "Unavailable", "refused")) > 0
+    assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._rows) == ([], {}, {})
+
+
+def note_shapes(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every number of columns that it was given, one after the other."""
+    noted: list[int] = []
+    reshape = cache.reshape
+
+    def reshape_noted(rows: NDArray[np.int64], columns: int) -> None:
+        noted.append(columns)
+        reshape(rows, columns)
+
+    monkeypatch.setattr(cache, "reshape", reshape_noted)
+    return noted
+
+
+@pytest.mark.parametrize("seed", range(8, 11))
+def test_what_fails_hurts_nobody_later(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that fail, and memory that runs out while caches change shape: after every such step all others' answers
+    are still transformers'."""
+    choose = random.Random(0)
+
+    def sometimes(function: Any, error: Exception) -> Any:
+        def called(*args: Any) -> Any:
+            if choose.random() < 0.05:
+                traffic.failures[traffic.now].append(error)
+                raise error
+            return function(*args)
+
+        return called
+
+    for name in ("_encoder", "_decoder"):
+        graph = getattr(traffic.runner, name)
+        run = sometimes(graph.run_with_iobinding, RuntimeError(f"{name} failed"))
+        stand_in = SimpleNamespace(run_with_iobinding=run, get_inputs=graph.get_inputs, get_outputs=graph.get_outputs)
+        monkeypatch.setattr(traffic.runner, name, stand_in)
+    monkeypatch.setattr(Cache, "_allocate", sometimes(Cache._allocate, MemoryError("no memory")))
+    traffic.run(requests=300)
+    assert traffic.outcomes["Generation"] > 50
+    assert min(traffic.outcomes[name] for name in ("RuntimeError", "MemoryError")) > 10
+    assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._rows) == ([], {}, {})
 
 
 class Table:
@@ -209,20 +383,25 @@ class Table:
             for token, probability in following.items():
                 self.logprobs[last, token] = np.log(probability)
 
-    def encode(self, *_: Any) -> None:
-        return None
+    def encode(self, requests: Sequence[Request]) -> None:
+        pass
 
-    def decode(self, _: None, input_ids: Any, positions: Any, beam_indices: Any, banned: Any) -> tuple[Any, Any]:
-        logprobs = self.logprobs[input_ids[0]]
-        for row, tokens in zip(logprobs, banned, strict=True):
+    def decode(self, requests: Sequence[Request]) -> list[Candidates]:
+        return [self._candidates(request) for request in requests]
+
+    def release(self, request: Request) -> None:
+        pass
+
+    def _candidates(self, request: Request) -> Candidates:
+        logprobs = self.logprobs[request.search.input_ids]
+        for row, tokens in zip(logprobs, request.search.banned_tokens(), strict=True):
             row[tokens] = -np.inf
         ids = np.argsort(-logprobs, axis=1, kind="stable")
-        return ids[None], np.take_along_axis(logprobs, ids, axis=1)[None]
+        return ids, np.take_along_axis(logprobs, ids, axis=1)
 
 
 def answer(table: dict[int, dict[int, float]], **asked: Any) -> Generation:
-    runner: Any = Table(table)
-    return generate(runner, np.zeros((1, 1), np.float32), np.zeros(1, np.int64), settings_of(**asked))
+    return generate(Table(table), np.zeros((1, 1), np.float32), np.zeros(1, np.int64), settings_of(**asked))
 
 
 # Greedily 5 comes first, but 6 leads to the better answer.
