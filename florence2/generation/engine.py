@@ -152,7 +152,13 @@ class Engine:
     def _retire(self, request: Request, answer: Generation | Exception) -> None:
         with self._changed:
             self.scheduler.remove(request)
-        self.runner.release(request)
+        try:
+            self.runner.release(request)
+        finally:
+            self._deliver(request, answer)
+
+    @staticmethod
+    def _deliver(request: Request, answer: Generation | Exception) -> None:
         try:
             request.respond(answer)
         except Exception:
@@ -171,8 +177,11 @@ class Engine:
             self.close(reason)
             with self._changed:
                 left = [*self.scheduler.running, *self.scheduler.waiting]
+                self.scheduler.running.clear()
+                self.scheduler.waiting.clear()
+            # The runner, which may be what has failed, is left as it is.
             for request in left:
-                self._retire(request, Unavailable(reason))
+                self._deliver(request, Unavailable(self._closed or reason))
 
     def _wait(self) -> bool:
         with self._changed:
