@@ -1,0 +1,64 @@
+"""Requests of any size, and a runner without graphs."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from florence2.generation.caches import CacheSizes
+from florence2.generation.engine import Candidates
+from florence2.generation.request import Request
+from florence2.generation.settings import GenerationSettings
+
+START, TOKEN, END = 2, 5, 9
+IMAGE_TOKENS = 5
+
+
+def request(
+    tokens: int = 3,
+    num_beams: int = 1,
+    encoder_length: int = 16,
+    *,
+    respond: Callable[[Any], None] = lambda _: None,
+    deadline: float = math.inf,
+    is_cancelled: Callable[[], bool] = lambda: False,
+) -> Request:
+    """One that the `FakeRunner` answers with START and so many times TOKEN."""
+    settings = GenerationSettings(
+        decoder_start_token_id=START, eos_token_id=END, max_length=tokens + 1, positions=1024, num_beams=num_beams
+    )
+    features, prompt = np.zeros((IMAGE_TOKENS, 1), np.float32), np.zeros(encoder_length - IMAGE_TOKENS, np.int64)
+    return Request(features, prompt, settings, respond, deadline, is_cancelled)
+
+
+class FakeRunner:
+    """Notes who is encoded, decoded and released. TOKEN is always the best that can follow; nothing ends by itself."""
+
+    def __init__(self, caches: CacheSizes) -> None:
+        self.caches = caches
+        self.ready: list[Request] = []
+        self.encoded: list[list[Request]] = []
+        self.decoded: list[list[Request]] = []
+        self.released: list[Request] = []
+
+    def encode(self, requests: Sequence[Request]) -> None:
+        self.encoded.append(list(requests))
+        self.ready += requests
+        assert self.caches.hold(self.ready)
+
+    def decode(self, requests: Sequence[Request]) -> list[Candidates]:
+        assert set(requests) == set(self.ready)
+        self.decoded.append(list(requests))
+        return [self._candidates(request) for request in requests]
+
+    def release(self, request: Request) -> None:
+        assert request not in self.released
+        self.released.append(request)
+        if request in self.ready:
+            self.ready.remove(request)
+
+    @staticmethod
+    def _candidates(request: Request) -> Candidates:
+        ids, logprobs = np.array([TOKEN, 6, 7]), np.array([-0.5, -50, -60], np.float32)
+        return np.stack([ids] * request.num_beams), np.stack([logprobs] * request.num_beams)
