@@ -72,6 +72,7 @@ def test_from_a_checkpoint_to_a_repository(room: Path) -> None:
     # The installation is this environment; a server that runs until stopped has tests of its own.
     assert lines[0].startswith("pip install")
     assert lines[-1] == "florence2 serve --repository models"
+    assert lines[-1] in blocks("bash", "--response-cache")
     done = shell("\n".join(lines[1:-1]), room)
     assert done.returncode == 0, done.stderr
     assert (room / "exports" / "base-ft" / "manifest.json").is_file()
@@ -96,9 +97,26 @@ def test_python(room: Path, server: TritonServer) -> None:
 @pytest.mark.server
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_curl(room: Path, server: TritonServer) -> None:
-    done = shell(with_ports(blocks("bash", "curl"), server), room)
+    done = shell(with_ports(blocks("bash", "base64"), server), room)
     assert done.returncode == 0, done.stderr
     assert '"model_name":"florence2"' in done.stdout
+
+
+@pytest.mark.server
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_metrics(room: Path, server: TritonServer) -> None:
+    code = blocks("bash", "localhost:8002").replace("localhost:8002", f"localhost:{server.metrics_port}")
+    done = shell(code, room)
+    assert done.returncode == 0, done.stderr
+    named = set(re.findall(r"`(florence2_[a-z_]+)`", README))
+    assert {line.partition("{")[0] for line in done.stdout.splitlines()} == named
+
+
+def test_parameters_are_those_of_the_configs() -> None:
+    for line in re.findall(r"^\| (`[a-z_`, ]+`) \| .*$", README, re.MULTILINE):
+        for name in re.findall(r"`([a-z_]+)`", line):
+            configs = (path.read_text() for path in (ROOT / "model_repository").glob("*/config.pbtxt"))
+            assert any(f'"{name}"' in config for config in configs), name
 
 
 def test_the_table_is_the_one_that_was_measured() -> None:
