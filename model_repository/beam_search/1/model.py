@@ -1,6 +1,5 @@
 """Image features and prompt token ids -> the answer's tokens, all requests sharing every step."""
 
-import os
 from threading import Thread
 
 import numpy as np
@@ -27,12 +26,12 @@ class TritonPythonModel:
         self.timeout = float(given["timeout_seconds"])
         caches = CacheSizes.of(self.sizes, rows=int(given["rows"]), length=int(given["cache_length"]))
         pb_utils.Logger.log_info(f"{args['model_name']} {args['model_version']}: {caches}")
-        runner = GraphRunner(folder, caches, threads=int(given["threads"]))
-        scheduler = Scheduler(caches, int(given["max_waiting"]), int(given["encoder_batch"]))
-        self.engine = Engine(runner, scheduler)
+        threads, limits = int(given["threads"]), (int(given["max_waiting"]), int(given["encoder_batch"]))
+        self.new_engine = lambda: Engine(GraphRunner(folder, caches, threads=threads), Scheduler(caches, *limits))
+        self.engine = self.new_engine()
         self.metrics = Metrics(args, COUNTERS, GAUGES)
         self.metrics.report(self.engine.figures())
-        self.asked_if_ready = False
+        self.stopping = False
         self.thread = Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -60,23 +59,30 @@ class TritonPythonModel:
         return accepted
 
     def run(self):
-        try:
-            self.engine.run(after_step=self.report)
-        except BaseException as error:
-            pb_utils.Logger.log_error(f"the engine has failed: {error!r}")
-            # A server that doesn't know is_ready must find this process gone; it starts another.
-            if not self.asked_if_ready:
-                os._exit(1)
+        while not self.stopping:
+            try:
+                self.engine.run(after_step=self.report)
+            except Exception as error:
+                pb_utils.Logger.log_error(f"the engine has failed, another takes its place: {error!r}")
+            if not self.stopping:
+                self.replace_engine()
+
+    def replace_engine(self):
+        """Not left to Triton, which (24.10) starts no process again that has ended, and calls its model ready."""
+        counters = self.engine.counters
+        del self.engine.runner  # the next one needs the memory
+        self.engine = self.new_engine()
+        self.engine.counters = counters
 
     def report(self):
         if self.metrics.are_due() or self.engine.is_idle:
             self.metrics.report(self.engine.figures())
 
     def is_ready(self):
-        self.asked_if_ready = True
         return self.thread.is_alive()
 
     def finalize(self):
+        self.stopping = True
         self.engine.close()
         self.thread.join()
 
