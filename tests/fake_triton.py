@@ -1,9 +1,16 @@
-"""A stand-in for `triton_python_backend_utils`, so that every model.py can be run without a server."""
+"""A stand-in for `triton_python_backend_utils`, so that every model.py can be run without a server.
+
+It refuses what the server refuses, and checks when a test ends that every request was answered exactly once.
+"""
 
 import importlib.util
+import itertools
 import json
 import sys
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Event, Lock, Thread
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +18,10 @@ import numpy as np
 from google.protobuf import json_format, text_format
 from numpy.typing import NDArray
 from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+HANGS = 60
+"""Seconds after which an answer won't come."""
 
 
 class Tensor:
@@ -24,8 +35,12 @@ class Tensor:
         return self._value
 
 
+class TritonModelException(Exception):
+    pass
+
+
 class TritonError(Exception):
-    INVALID_ARG, INTERNAL, UNAVAILABLE = "INVALID_ARG", "INTERNAL", "UNAVAILABLE"
+    INVALID_ARG, INTERNAL, UNAVAILABLE, CANCELLED = "INVALID_ARG", "INTERNAL", "UNAVAILABLE", "CANCELLED"
 
     def __init__(self, message: str, code: str = INTERNAL) -> None:
         super().__init__(message)
@@ -39,7 +54,7 @@ class TritonError(Exception):
 
 
 class InferenceResponse:
-    def __init__(self, output_tensors: list[Tensor], error: TritonError | None = None) -> None:
+    def __init__(self, output_tensors: Sequence[Tensor], error: TritonError | None = None) -> None:
         self._tensors, self._error = output_tensors, error
 
     def tensors(self) -> dict[str, NDArray[Any]]:
@@ -50,24 +65,123 @@ class InferenceResponse:
         return self._error
 
 
+class ResponseSender:
+    """Of a model that isn't decoupled: one response, which is the final one."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.sent: list[tuple[InferenceResponse, int]] = []
+        self.place = -1
+        """Among all answers, the first of which has place 0."""
+        self._answered = Event()
+
+    def send(self, response: InferenceResponse, flags: int = 0) -> None:
+        # Kept, not refused: whoever sends may be ready to live with an error.
+        self.sent.append((response, flags))
+        self.place = next(_places)
+        self._answered.set()
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def is_answered(self) -> bool:
+        return self._answered.is_set()
+
+    def wait(self) -> InferenceResponse:
+        assert self._answered.wait(HANGS), "no answer came"
+        self.check()
+        return self.sent[0][0]
+
+    def check(self) -> None:
+        assert [flags for _, flags in self.sent] == [TRITONSERVER_RESPONSE_COMPLETE_FINAL]
+
+
 class Request:
     """A request as a client sends it: the batch dimension, exactly 1, is added here."""
 
-    def __init__(self, **tensors: Any) -> None:
-        self.tensors = {name: Tensor(name, np.asarray(value)[None]) for name, value in tensors.items()}
+    def __init__(self, *, timeout_microseconds: int = 0, **tensors: Any) -> None:
+        self._timeout = timeout_microseconds
+        self.tensors = {name: Tensor(name, np.array(value)[None]) for name, value in tensors.items()}
+        self.sender: ResponseSender | None = None
 
     def request_id(self) -> str:
         return "test"
 
+    def inputs(self) -> list[Tensor]:
+        return list(self.tensors.values())
+
+    def timeout(self) -> int:
+        return self._timeout
+
+    def get_response_sender(self) -> ResponseSender:
+        if self.sender is None:
+            self.sender = ResponseSender()
+            _senders.append(self.sender)
+        return self.sender
+
+    def take_memory_back(self) -> None:
+        """As the server does when `execute` has returned."""
+        for tensor in self.tensors.values():
+            tensor.as_numpy().fill(b"taken back" if tensor.as_numpy().dtype == object else 77)
+
+    def cancel(self) -> None:
+        self.get_response_sender().cancelled = True
+
+    def answer(self) -> InferenceResponse:
+        assert self.sender
+        return self.sender.wait()
+
+
+class Metric:
+    def __init__(self, family: "MetricFamily") -> None:
+        self._family, self._kind = weakref.ref(family), family.kind
+        self._value, self._lock = 0.0, Lock()
+
+    def increment(self, value: float) -> None:
+        self._check(value >= 0 or self._kind != MetricFamily.COUNTER)
+        with self._lock:
+            self._value += value
+
+    def set(self, value: float) -> None:
+        self._check(self._kind == MetricFamily.GAUGE)
+        self._value = value
+
+    def value(self) -> float:
+        return self._value
+
+    def _check(self, allowed: bool) -> None:
+        if not allowed or self._family() is None:
+            raise TritonModelException("not possible with this metric, or its family is gone")
+
+
+class MetricFamily:
+    COUNTER, GAUGE = "counter", "gauge"
+
+    def __init__(self, *, name: str, description: str, kind: str) -> None:
+        self.name, self.description, self.kind = name, description, kind
+
+    def Metric(self, *, labels: Mapping[str, str]) -> Metric:
+        metrics[self.name, labels["model"], labels["version"]] = metric = Metric(self)
+        return metric
+
 
 class Logger:
-    @staticmethod
-    def log_error(message: str) -> None:
-        print(message, file=sys.stderr)
+    lines: list[str] = []  # noqa: RUF012
+
+    @classmethod
+    def log_error(cls, message: str) -> None:
+        cls.lines.append(f"E {message}")
+
+    @classmethod
+    def log_info(cls, message: str) -> None:
+        cls.lines.append(f"I {message}")
 
 
-def get_input_tensor_by_name(request: Request, name: str) -> Tensor | None:
-    return request.tensors.get(name)
+metrics: dict[tuple[str, str, str], Metric] = {}
+"""By name, model and version, as the metrics endpoint shows them."""
+_places = itertools.count()
+_senders: list[ResponseSender] = []
+_models: list[Any] = []
 
 
 def install() -> None:
@@ -75,19 +189,25 @@ def install() -> None:
     sys.modules["triton_python_backend_utils"] = sys.modules[__name__]
 
 
-def load_model(repository: Path, name: str, version: int = 1) -> Any:
-    """The `TritonPythonModel` of a model of the repository, initialised as Triton does."""
+def load_model(repository: Path, name: str, version: int = 1, **parameters: Any) -> Any:
+    """The `TritonPythonModel` of a model of the repository, initialised as Triton does; `parameters` replace some of
+    its config.pbtxt. `end` finalizes it."""
     install()
     config = text_format.Parse((repository / name / "config.pbtxt").read_text(), ModelConfig())
+    for key, value in parameters.items():
+        assert key in config.parameters
+        config.parameters[key].string_value = str(value)
     module = _module(repository / name / str(version) / "model.py", f"{name}_model")
     model = module.TritonPythonModel()
     model.initialize(
         {
+            "model_name": name,
             "model_repository": str(repository / name),
             "model_version": str(version),
             "model_config": json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True)),
         }
     )
+    _models.append(model)
     return model
 
 
@@ -100,7 +220,43 @@ def _module(path: Path, name: str) -> ModuleType:
     return module
 
 
-def run(model: Any, requests: list[Request]) -> list[InferenceResponse]:
+def submit(model: Any, requests: Sequence[Request]) -> None:
+    """To a model that answers later, through response senders."""
+    assert model.execute(requests) is None
+    for request in requests:
+        request.take_memory_back()
+
+
+def run(model: Any, requests: Sequence[Request]) -> list[InferenceResponse]:
+    """The answers, whether they are returned or sent."""
     responses = model.execute(requests)
+    for request in requests:
+        request.take_memory_back()
+    if responses is None:
+        return [request.answer() for request in requests]
     assert len(responses) == len(requests)
     return responses
+
+
+def finalize(model: Any) -> None:
+    _models.remove(model)
+    if hasattr(model, "finalize"):
+        thread = Thread(target=model.finalize, daemon=True)
+        thread.start()
+        thread.join(HANGS)
+        assert not thread.is_alive(), "finalize hangs"
+
+
+def end() -> None:
+    """Of a test: no model runs on, and nobody who asked was forgotten or told twice."""
+    senders = _senders.copy()
+    try:
+        for model in _models.copy():
+            finalize(model)
+        for sender in senders:
+            sender.check()
+    finally:
+        _models.clear()
+        _senders.clear()
+        metrics.clear()
+        Logger.lines.clear()

@@ -3,15 +3,31 @@
 import base64
 import io
 import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import fake_triton
 import numpy as np
 import pytest
-from fake_triton import Request, load_model, run
+from conftest import DEMO_CHECKPOINT
+from fake_triton import HANGS, Request, load_model, run, submit
+from florence2_export.checkpoint import Checkpoint, load_checkpoint
+from florence2_export.parity import reference_generate
 from florence2_release.install import install
 from PIL import Image
+
+from florence2.generation import engine as engine_module
+from florence2.generation.caches import CacheSizes
+from florence2.generation.engine import COUNTERS, GAUGES, Engine
+from florence2.generation.scheduler import Scheduler
+from florence2.manifest import Manifest
+
+Tensors = dict[str, np.ndarray]
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +37,79 @@ def repository(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return load_checkpoint(str(DEMO_CHECKPOINT))
+
+
+@pytest.fixture(autouse=True)
+def everyone_is_answered_once() -> Iterator[None]:
+    yield
+    fake_triton.end()
+
+
+@contextmanager
+def held(owner: Any, name: str) -> Iterator[Event]:
+    """Calls of `owner.name` wait until the block ends. The event tells that one does."""
+    called, let_go, original = Event(), Event(), getattr(owner, name)
+
+    def wait(*args: Any, **options: Any) -> Any:
+        called.set()
+        assert let_go.wait(HANGS)
+        return original(*args, **options)
+
+    setattr(owner, name, wait)
+    try:
+        yield called
+    finally:
+        setattr(owner, name, original)
+        let_go.set()
+
+
 def png(width: int = 60, height: int = 40) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), "teal").save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def request(image: bytes, prompt: str) -> Request:
-    return Request(image=np.array([image], np.object_), prompt=np.array([prompt.encode()], np.object_))
+def request(image: bytes, prompt: str, **options: Any) -> Request:
+    return Request(image=np.array([image], np.object_), prompt=np.array([prompt.encode()], np.object_), **options)
 
 
 def code_and_message(response: fake_triton.InferenceResponse) -> tuple[str, str]:
     error = response.error()
     assert error is not None
     return error.code(), error.message()
+
+
+@pytest.fixture(scope="module")
+def prepared(repository: Path) -> list[Tensors]:
+    """What beam_search gets for the demo's pictures and three tasks: image_features and input_ids."""
+    preprocess, vision = load_model(repository, "preprocess"), load_model(repository, "vision_encoder")
+    pictures = sorted((DEMO_CHECKPOINT.parent / "pictures").glob("*.[jp][pn]g"))
+    inputs = []
+    for picture in pictures:
+        for prompt in ("<OD>", "<CAPTION>", "<OCR_WITH_REGION>"):
+            (ready,) = run(preprocess, [request(picture.read_bytes(), prompt)])
+            (seen,) = run(vision, [Request(pixels=ready.tensors()["pixels"][0])])
+            ids, features = ready.tensors()["input_ids"][0], seen.tensors()["image_features"][0]
+            inputs.append({"image_features": features, "input_ids": ids})
+    fake_triton.end()
+    return inputs
+
+
+def search_request(inputs: Tensors, timeout_microseconds: int = 0, **settings: Any) -> Request:
+    types = {float: np.float32, int: np.int32, bool: np.bool_}
+    given = {name: np.array([value], types[type(value)]) for name, value in settings.items()}
+    return Request(timeout_microseconds=timeout_microseconds, **inputs, **given)
+
+
+ENDLESS: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 511, "no_repeat_ngram_size": 1}
+"""Runs for as many steps as it may: the start token, which is the end token too, must not be repeated."""
+
+
+def gauge(name: str, model: str = "beam_search") -> float:
+    return fake_triton.metrics[name, model, "1"].value()
 
 
 def test_preprocess_answers_the_good_requests_of_a_batch_and_refuses_the_bad(repository: Path) -> None:
@@ -65,14 +140,8 @@ def test_preprocess_answers_the_good_requests_of_a_batch_and_refuses_the_bad(rep
     assert code_and_message(responses[5]) == ("INVALID_ARG", "the prompt is not UTF-8")
 
 
-def test_limits_come_from_the_config(repository: Path, tmp_path: Path) -> None:
-    import shutil
-
-    copy = tmp_path / "repository"
-    shutil.copytree(repository, copy)
-    config = copy / "preprocess" / "config.pbtxt"
-    config.write_text(config.read_text().replace('string_value: "100"', 'string_value: "0.001"'))
-    (response,) = run(load_model(copy, "preprocess"), [request(png(), "<OD>")])
+def test_limits_come_from_the_config(repository: Path) -> None:
+    (response,) = run(load_model(repository, "preprocess", max_megapixels=0.001), [request(png(), "<OD>")])
     assert code_and_message(response) == ("INVALID_ARG", "the image has 60 x 40 pixels; 0.001 megapixels are allowed")
 
 
@@ -80,15 +149,15 @@ def test_features_tokens_and_answer(repository: Path) -> None:
     preprocess, vision, search, postprocess = (
         load_model(repository, name) for name in ("preprocess", "vision_encoder", "beam_search", "postprocess")
     )
-    (prepared,) = run(preprocess, [request(png(), "<OD>")])
-    inputs = prepared.tensors()
+    (ready,) = run(preprocess, [request(png(), "<OD>")])
+    inputs = ready.tensors()
     (seen,) = run(vision, [Request(pixels=inputs["pixels"][0])])
     features = seen.tensors()["image_features"]
     assert features.shape == (1, 145, 128)
-    asked: dict[str, Any] = {"image_features": features[0], "input_ids": inputs["input_ids"][0]}
-    five = Request(**asked, max_new_tokens=np.array([5], np.int32), num_beams=np.array([2], np.int32))
-    many = Request(**asked, num_beams=np.array([9], np.int32))
-    answered, refused = run(search, [five, many])
+    asked = {"image_features": features[0], "input_ids": inputs["input_ids"][0]}
+    answered, refused = run(
+        search, [search_request(asked, max_new_tokens=5, num_beams=2), search_request(asked, num_beams=9)]
+    )
     generated = answered.tensors()
     length = generated["token_ids"].shape[1]
     assert generated["token_ids"][0, 0] == 2
@@ -112,11 +181,420 @@ def test_features_tokens_and_answer(repository: Path) -> None:
     assert final.tensors()["text"][0, 0].startswith("</s><s>")
 
 
-def test_an_exception_fails_its_request_alone(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_exception_fails_its_request_alone(repository: Path) -> None:
     vision = load_model(repository, "vision_encoder")
     good = Request(pixels=np.zeros((96, 96, 3), np.uint8))
     bad = Request(pixels=np.zeros((10, 10, 3), np.uint8))
     responses = run(vision, [bad, good])
     assert code_and_message(responses[0])[0] == "INTERNAL"
     assert responses[1].error() is None
-    assert "failed" in capsys.readouterr().err
+    assert any(line.startswith("E request 'test' failed: ") for line in fake_triton.Logger.lines)
+
+
+def test_the_vision_encoder_looks_once_at_each_of_its_recent_pictures(repository: Path) -> None:
+    vision = load_model(repository, "vision_encoder", recent_pictures=2)
+    seen: list[int] = []
+    look = vision.graph.run
+    vision.graph.run = lambda names, feeds: seen.append(int(feeds["pixels"][0, 0, 0, 0])) or look(names, feeds)
+
+    def features(*values: int) -> list[np.ndarray]:
+        requests = [Request(pixels=np.full((96, 96, 3), value, np.uint8)) for value in values]
+        return [response.tensors()["image_features"] for response in run(vision, requests)]
+
+    first, second, again = features(1, 2, 1)
+    assert seen == [1, 2]
+    assert (first == again).all()
+    assert not (first == second).all()
+    # A third drops 2, the one not asked about for longest.
+    features(3, 1)
+    assert seen == [1, 2, 3]
+    assert (features(2)[0] == second).all()
+    assert seen == [1, 2, 3, 2]
+
+
+def test_a_picture_of_the_wrong_shape_is_not_a_recent_one_with_the_same_bytes(repository: Path) -> None:
+    vision = load_model(repository, "vision_encoder")
+    wide = Request(pixels=np.zeros((48, 192, 3), np.uint8))
+    good, refused = run(vision, [Request(pixels=np.zeros((96, 96, 3), np.uint8)), wide])
+    assert good.error() is None
+    assert code_and_message(refused)[0] == "INTERNAL"
+
+
+def good_picture(**options: Any) -> Request:
+    return request(png(), "<OD>", **options)
+
+
+def good_pixels(**options: Any) -> Request:
+    return Request(pixels=np.zeros((96, 96, 3), np.uint8), **options)
+
+
+# What answers one request, to be held back while others come in.
+WORKERS: dict[str, tuple[Callable[..., Request], Callable[[Any], tuple[Any, str]]]] = {
+    "preprocess": (good_picture, lambda model: (model, "resizer")),
+    "vision_encoder": (good_pixels, lambda model: (model.graph, "run")),
+}
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_full_list_refuses_at_once_and_answers_those_on_it(repository: Path, name: str) -> None:
+    model = load_model(repository, name, max_waiting=2)
+    good, busy = WORKERS[name]
+    running, waiting, refused = good(), [good(), good()], [good(), good()]
+    with held(*busy(model)) as called:
+        submit(model, [running])
+        assert called.wait(HANGS)
+        submit(model, [*waiting, *refused])
+        for one in refused:
+            assert code_and_message(one.answer()) == (
+                "UNAVAILABLE",
+                "2 requests are waiting already; try again later",
+            )
+        assert not any(one.get_response_sender().is_answered() for one in (running, *waiting))
+    for one in (running, *waiting):
+        assert one.answer().error() is None
+    (after,) = run(model, [good()])
+    assert after.error() is None
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_a_request_whose_time_is_over_before_its_turn(repository: Path, name: str) -> None:
+    model = load_model(repository, name)
+    good, busy = WORKERS[name]
+    running, late, in_time = good(), good(timeout_microseconds=1), good()
+    with held(*busy(model)) as called:
+        submit(model, [running])
+        assert called.wait(HANGS)
+        submit(model, [late, in_time])
+    assert running.answer().error() is None
+    assert code_and_message(late.answer())[0] == "UNAVAILABLE"
+    assert "time was over before its turn" in code_and_message(late.answer())[1]
+    assert in_time.answer().error() is None
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_finalize_answers_those_that_wait(repository: Path, name: str) -> None:
+    model = load_model(repository, name)
+    good, busy = WORKERS[name]
+    requests = [good(), good(), good()]
+    with held(*busy(model)) as called:
+        submit(model, requests)
+        assert called.wait(HANGS)
+        ending = Thread(target=fake_triton.finalize, args=(model,))
+        ending.start()
+    ending.join(HANGS)
+    assert not ending.is_alive()
+    assert all(one.get_response_sender().is_answered() for one in requests)
+    assert [one.answer().error() for one in requests] == [None] * 3
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0, 300), (2_000_000, 2), (500_000_000, 300)])
+def test_a_request_may_ask_for_less_time_not_for_more(asked: int, given: float, monkeypatch: Any) -> None:
+    fake_triton.install()
+    from florence2.triton import deadline
+
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    assert deadline(Request(timeout_microseconds=asked), timeout=300) == 1000 + given
+
+
+def random_settings(rng: random.Random) -> dict[str, Any]:
+    return {
+        "num_beams": rng.choice([1, 1, 2, 3, 3, 4, 5, 6, 7, 8]),
+        "max_new_tokens": rng.choice([1, 2, 5, 20, 60]),
+        "no_repeat_ngram_size": rng.choice([0, 1, 2, 3]),
+        "length_penalty": rng.choice([0.0, 0.5, 1.0, 2.0, -1.0]),
+        "early_stopping": rng.choice([True, False]),
+    }
+
+
+def test_requests_in_flight_get_transformers_answers_each_with_its_own_settings(
+    repository: Path, prepared: list[Tensors], checkpoint: Checkpoint
+) -> None:
+    rng = random.Random(0)
+    asked = [(rng.choice(prepared), random_settings(rng)) for _ in range(24)]
+    model = load_model(repository, "beam_search")
+    responses = run(model, [search_request(inputs, **settings) for inputs, settings in asked])
+    for (inputs, settings), response in zip(asked, responses, strict=True):
+        reference = reference_generate(checkpoint.model, inputs["image_features"], inputs["input_ids"], **settings)
+        assert response.tensors()["token_ids"][0].tolist() == reference.sequences[0].tolist(), settings
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(repository: Path, prepared: list[Tensors]) -> None:
+    long = search_request(prepared[0], **ENDLESS)
+    short = [search_request(inputs, num_beams=1, max_new_tokens=3) for inputs in prepared[:4]]
+    run(load_model(repository, "beam_search"), [long, *short])
+    *places, last = (one.get_response_sender().place for one in (*short, long))
+    assert places == sorted(places)
+    assert last > places[-1]
+    assert long.answer().tensors()["token_ids"].shape == (1, 512)
+
+
+def test_beam_searchs_full_list_refuses_at_once_and_answers_those_on_it(
+    repository: Path, prepared: list[Tensors]
+) -> None:
+    model = load_model(repository, "beam_search", rows=3, max_waiting=2)
+    running, *waiting, refused = (search_request(prepared[0], max_new_tokens=9) for _ in range(4))
+    with held(model.engine.runner, "decode") as called:
+        submit(model, [running])
+        assert called.wait(HANGS)
+        submit(model, [*waiting, refused])
+        assert code_and_message(refused.answer()) == ("UNAVAILABLE", "2 requests are waiting already; try again later")
+        assert not any(one.get_response_sender().is_answered() for one in (running, *waiting))
+    answers = [one.answer().tensors()["token_ids"].tolist() for one in (running, *waiting)]
+    assert answers == answers[:1] * 3
+
+
+def test_requests_are_given_up_at_their_time_waiting_or_running(repository: Path, prepared: list[Tensors]) -> None:
+    model = load_model(repository, "beam_search", rows=3)
+    running, late, in_time = (search_request(prepared[0], 100_000_000, **ENDLESS | {"num_beams": 2}) for _ in range(3))
+    with held(model.engine.runner, "decode") as called:
+        before = time.monotonic()
+        submit(model, [running])
+        assert called.wait(HANGS)
+        submit(model, [late])
+        scheduler = model.engine.scheduler
+        for accepted in (*scheduler.running, *scheduler.waiting):
+            assert before + 100 <= accepted.deadline <= time.monotonic() + 100
+            accepted.deadline = time.monotonic()
+        in_time = search_request(prepared[0], num_beams=2, max_new_tokens=3)
+        submit(model, [in_time])
+    for one in (running, late):
+        code, message = code_and_message(one.answer())
+        assert code == "UNAVAILABLE"
+        assert "the request's time is over" in message
+    assert in_time.answer().error() is None
+
+
+def test_without_a_timeout_the_configs_holds(repository: Path, prepared: list[Tensors]) -> None:
+    model = load_model(repository, "beam_search", timeout_seconds=0)
+    for timeout in (0, 50_000_000):
+        (late,) = run(model, [search_request(prepared[0], timeout)])
+        assert code_and_message(late)[0] == "UNAVAILABLE"
+
+
+def test_cancelled_requests_leave_their_rows(
+    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "ASKED_EVERY", 0)
+    model = load_model(repository, "beam_search", rows=3)
+    encoded: list[Any] = []
+    encode = model.engine.runner.encode
+    model.engine.runner.encode = lambda requests: encoded.extend(requests) or encode(requests)
+    running, waiting = (search_request(prepared[0], **ENDLESS) for _ in range(2))
+    with held(model.engine.runner, "decode") as called:
+        submit(model, [running, waiting])
+        assert called.wait(HANGS)
+        running.cancel()
+        waiting.cancel()
+    for one in (running, waiting):
+        assert code_and_message(one.answer()) == ("CANCELLED", "the request was cancelled")
+    assert len(encoded) == 1
+    (after,) = run(model, [search_request(prepared[0], max_new_tokens=5)])
+    assert after.error() is None
+    fake_triton.finalize(model)
+    assert gauge("florence2_rows_used") == gauge("florence2_requests_running") == 0
+    assert gauge("florence2_rows_free") == 3
+    # One step of the first request, and what the last took.
+    assert gauge("florence2_steps_total") <= 1 + 5
+
+
+def bad_inputs(inputs: Tensors, positions: int, vocab_size: int) -> list[tuple[str, Tensors]]:
+    features, ids = inputs["image_features"], inputs["input_ids"]
+
+    def with_feature(value: float) -> Tensors:
+        changed = features.copy()
+        changed[-1, -1] = value
+        return {"image_features": changed, "input_ids": ids}
+
+    def with_ids(values: list[int]) -> Tensors:
+        return {"image_features": features, "input_ids": np.array(values, np.int64)}
+
+    room = positions - len(features)
+    too_large = "image_features hold values that are not finite, or larger than any picture's"
+    return [
+        *(
+            (f"image_features must be 145 x 128, not {part.shape}", {"image_features": part, "input_ids": ids})
+            for part in (features[1:], features[:, 1:], features[:0])
+        ),
+        *((too_large, with_feature(value)) for value in (np.nan, np.inf, -np.inf, 1e4, -1e30)),
+        (f"input_ids must be 1 to {room} tokens, not 0", with_ids([])),
+        (f"input_ids must be 1 to {room} tokens, not {room + 1}", with_ids([4] * (room + 1))),
+        (f"input_ids must be from 0 to {vocab_size - 1}", with_ids([0, -1, 2])),
+        (f"input_ids must be from 0 to {vocab_size - 1}", with_ids([0, vocab_size, 2])),
+    ]
+
+
+def test_beam_search_refuses_what_no_vision_encoder_makes_and_answers_the_next(
+    repository: Path, prepared: list[Tensors], demo_export: Path
+) -> None:
+    sizes = Manifest.read(demo_export).sizes
+    bad = bad_inputs(prepared[0], sizes.max_position_embeddings, sizes.vocab_size)
+    model = load_model(repository, "beam_search")
+    (expected,) = run(model, [search_request(prepared[0])])
+    for message, inputs in bad:
+        refused, good = run(model, [search_request(inputs), search_request(prepared[0])])
+        assert code_and_message(refused) == ("INVALID_ARG", message)
+        assert (good.tensors()["token_ids"] == expected.tensors()["token_ids"]).all()
+    # The longest prompt there is room for.
+    most = np.full(sizes.max_position_embeddings - sizes.image_tokens, 4)
+    (longest,) = run(model, [search_request(prepared[0] | {"input_ids": most}, max_new_tokens=2)])
+    assert longest.error() is None
+
+
+def test_a_request_that_never_fits_is_refused_and_says_what_would(repository: Path, prepared: list[Tensors]) -> None:
+    model = load_model(repository, "beam_search", rows=3)
+    refused, good = run(model, [search_request(prepared[0], num_beams=4), search_request(prepared[0])])
+    code, message = code_and_message(refused)
+    assert code == "INVALID_ARG"
+    assert message.startswith("4 beams of up to 512 tokens over ")
+    assert "raise rows or cache_length" in message
+    assert good.error() is None
+
+
+def test_caches_that_memory_cannot_hold_are_refused_at_the_start(repository: Path) -> None:
+    with pytest.raises(ValueError, match=r"caches of at most \d+ MB: 10000000 rows .* don't fit: \d+ MB are free"):
+        load_model(repository, "beam_search", rows=10_000_000)
+
+
+def test_metrics(repository: Path, prepared: list[Tensors], demo_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_triton.install()
+    from florence2.triton import Metrics
+
+    monkeypatch.setattr(Metrics, "EVERY", 0)
+    model = load_model(repository, "beam_search")
+    assert {name for name, *labels in fake_triton.metrics if labels == ["beam_search", "1"]} == {*COUNTERS, *GAUGES}
+    assert gauge("florence2_rows_free") == 24
+    assert gauge("florence2_cache_bytes") == CacheSizes.of(Manifest.read(demo_export).sizes, rows=24).bytes
+    (first,) = run(model, [search_request(prepared[0], num_beams=1)])
+    while_running: list[dict[str, float]] = []
+    report = model.metrics.report
+    model.metrics.report = lambda figures: while_running.append(figures) or report(figures)
+    with held(model.engine.runner, "encode") as called:
+        requests = [search_request(prepared[1], **ENDLESS | {"max_new_tokens": 20, "num_beams": 2}) for _ in range(2)]
+        submit(model, requests)
+        assert called.wait(HANGS)
+    second, third = (one.answer().tensors() for one in requests)
+    assert len(second["token_ids"][0]) == len(third["token_ids"][0]) == 21
+    fake_triton.finalize(model)
+    assert gauge("florence2_tokens_total") == len(first.tensors()["token_ids"][0]) - 1 + 20 + 20
+    # One request starts per step.
+    assert gauge("florence2_steps_total") == len(first.tensors()["token_ids"][0]) - 1 + 21
+    assert gauge("florence2_encoder_seconds_total") > 0
+    assert gauge("florence2_decoder_seconds_total") > 0
+    both = [figures for figures in while_running if figures["florence2_requests_running"] == 2]
+    assert len(both) == 18
+    for figures in both:
+        assert (figures["florence2_rows_used"], figures["florence2_rows_free"]) == (4, 20)
+        assert figures["florence2_tokens_per_step"] == 2
+    assert [figures["florence2_requests_waiting"] for figures in while_running].count(1) == 1
+    for name in ("requests_running", "requests_waiting", "rows_used"):
+        assert gauge(f"florence2_{name}") == 0
+    assert gauge("florence2_rows_free") == 24
+
+
+def test_without_metrics_requests_are_answered(
+    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Off:
+        COUNTER, GAUGE = "counter", "gauge"
+
+        def __init__(self, **_: Any) -> None:
+            raise fake_triton.TritonModelException("metrics not supported")
+
+    monkeypatch.setattr(fake_triton, "MetricFamily", Off)
+    model = load_model(repository, "beam_search")
+    (answered,) = run(model, [search_request(prepared[0])])
+    assert answered.error() is None
+    assert "I no metrics of beam_search: metrics not supported" in fake_triton.Logger.lines
+
+
+def test_when_the_engine_fails_everyone_is_told_and_another_takes_its_place(
+    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(repository, "beam_search", rows=3)
+    (expected,) = run(model, [search_request(prepared[0])])
+    failed, step = model.engine, Engine.step
+
+    def fail(engine: Engine) -> None:
+        if engine is failed and engine.scheduler.running:
+            raise RuntimeError("never seen before")
+        step(engine)
+
+    running, waiting = (search_request(prepared[0], **ENDLESS) for _ in range(2))
+    with held(failed.runner, "decode") as called:
+        submit(model, [running, waiting])
+        assert called.wait(HANGS)
+        monkeypatch.setattr(Engine, "step", fail)
+    for one in (running, waiting):
+        assert code_and_message(one.answer()) == ("UNAVAILABLE", "the engine has failed")
+    # Until there is another, nobody waits for nothing.
+    while model.engine is failed:
+        (meanwhile,) = run(model, [search_request(prepared[0])])
+        assert meanwhile.error() is None or code_and_message(meanwhile) == ("UNAVAILABLE", "the engine has failed")
+    assert model.is_ready()
+    (after,) = run(model, [search_request(prepared[0])])
+    assert (after.tensors()["token_ids"] == expected.tensors()["token_ids"]).all()
+    fake_triton.finalize(model)
+    failures = [line for line in fake_triton.Logger.lines if line.startswith("E ")]
+    assert failures == ["E the engine has failed, another takes its place: RuntimeError('never seen before')"]
+    assert not model.is_ready()
+    assert gauge("florence2_rows_used") == 0
+    # Counted on, over both.
+    assert gauge("florence2_tokens_total") >= 2 * (len(expected.tensors()["token_ids"][0]) - 1)
+
+
+def test_an_engine_that_nothing_can_replace_is_not_ready(
+    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(repository, "beam_search")
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(Engine, "step", fail)
+    model.new_engine = fail
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    (told,) = run(model, [search_request(prepared[0])])
+    model.thread.join(HANGS)
+    assert not model.is_ready()
+    (refused,) = run(model, [search_request(prepared[0])])
+    for response in (told, refused):
+        assert code_and_message(response) == ("UNAVAILABLE", "the engine has failed")
+
+
+def test_finalize_tells_those_left_in_the_engine(repository: Path, prepared: list[Tensors]) -> None:
+    model = load_model(repository, "beam_search", rows=3)
+    running, waiting = (search_request(prepared[0], **ENDLESS) for _ in range(2))
+    with held(model.engine.runner, "decode") as called:
+        submit(model, [running, waiting])
+        assert called.wait(HANGS)
+        ending = Thread(target=fake_triton.finalize, args=(model,))
+        ending.start()
+        while not model.stopping:
+            time.sleep(0.001)
+        # Closed or about to be: what still comes in is told too.
+        late = search_request(prepared[0], **ENDLESS)
+        submit(model, [late])
+    ending.join(HANGS)
+    for one in (running, waiting, late):
+        assert code_and_message(one.answer()) == ("UNAVAILABLE", "the server is stopping")
+
+
+def test_an_answer_nobody_takes_hurts_nobody_else(repository: Path, prepared: list[Tensors]) -> None:
+    """A sender whose client has gone raises."""
+    model = load_model(repository, "beam_search")
+    gone, other = (search_request(prepared[0]) for _ in range(2))
+
+    def refuse(response: Any, flags: int) -> None:
+        gone.get_response_sender().sent.append((response, flags))
+        raise fake_triton.TritonModelException("gone")
+
+    gone.get_response_sender().send = refuse
+    assert model.execute([gone, other]) is None
+    assert other.answer().error() is None
+    assert len(gone.get_response_sender().sent) == 1
+
+
+def test_scheduler_limits_come_from_the_config(repository: Path) -> None:
+    model = load_model(repository, "beam_search", max_waiting=7, encoder_batch=4, rows=5)
+    scheduler: Scheduler = model.engine.scheduler
+    assert (scheduler.max_waiting, scheduler.encoder_batch, scheduler.caches.rows) == (7, 4, 5)
