@@ -7,7 +7,7 @@ only the latest entries of the one beam per request that changes rows; `indirect
 looks up every token's row and has one length for all rows; `token tree` has one cache per request and masks other
 beams' tokens. Outputs must equal numpy's; indices and masks, made once for all layers, aren't counted.
 
-`scatter` is kept though the token tree is faster on the CPU by one or two milliseconds in a step of six layers: its rows
+`scatter` is kept, though the token tree is faster on the CPU by a millisecond or two in a step of six layers: its rows
 are as long as an answer, so that the caches' memory is known before start, and requests of 1 and 8 beams share a step
 without being padded to the widest. It needs plain operators only, which every ONNX Runtime provider and TensorRT have.
 On CUDA nothing was measured yet: `--provider CUDAExecutionProvider`.
