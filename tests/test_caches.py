@@ -149,11 +149,12 @@ def test_of_a_doubled_beam_only_what_differs_is_copied() -> None:
 def test_a_doubled_beam_takes_the_row_that_has_most_of_it() -> None:
     simulation = Simulation(4, 30)
     simulation.step([-1, -1, -1, -1])
-    simulation.step([0, 0, 2, 3])  # Rows 0 and 1 share one token, rows 2 and 3 none.
+    simulation.step([0, 1, 2, 0])
     moves = simulation.moves
-    simulation.step([2, 3, 0, 0])  # Row 1, whose beam ends, has one of row 0's two tokens.
-    assert simulation.rows.tolist() == [2, 3, 0, 1]
-    assert simulation.moves - moves == 1
+    # Rows 1 and 3 are free; row 3 has one of row 0's two tokens, row 1 none of anybody's.
+    simulation.step([0, 0, 2, 2])
+    assert simulation.rows.tolist() == [0, 3, 2, 1]
+    assert simulation.moves - moves == 1 + 2
 
 
 def test_the_last_rows_move_in_when_others_leave() -> None:
