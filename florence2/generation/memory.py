@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """What the machine has left, or the container if that is less."""
+    """What the machine has left, or the container if that is less. Files that are only kept in memory count as left."""
     free = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
     available = int(free.split()[1]) * 1024
     try:
         limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        return min(available, limit - used)
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        return min(available, limit - used + int(stat["active_file"]) + int(stat["inactive_file"]))
     except (OSError, ValueError):  # no cgroup v2 here, or no limit ("max")
         return available
 
