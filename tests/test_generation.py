@@ -22,6 +22,7 @@ from transformers import Florence2ForConditionalGeneration, GenerationConfig
 
 import florence2.generation.caches as caches_module
 import florence2.generation.engine as engine_module
+import florence2.generation.runner as runner_module
 from florence2.errors import Cancelled, Unavailable
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Candidates, Engine, Runner
@@ -224,6 +225,55 @@ def test_requests_that_share_steps_equal_single_ones(exported: Exported, num_bea
     assert engine.counters.steps == 12 + 3 * head_start
     for index, expected in enumerate(alone):
         assert_same(found[index], expected)
+
+
+def test_slots_are_filled_side_by_side_and_close_up(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run of the encoder for all that start together; the decoder doesn't go on over slots that are empty."""
+    runner = GraphRunner(exported.folder, ROOM, threads=1)
+    engine = Engine(runner, Scheduler(ROOM, max_waiting=8, encoder_batch=4))
+    filled: list[tuple[int, int]] = []
+    run_encoder = runner._run_encoder
+
+    def run_encoder_noted(requests: Sequence[Request], slot: int) -> None:
+        filled.append((slot, len(requests)))
+        run_encoder(requests, slot)
+
+    monkeypatch.setattr(runner, "_run_encoder", run_encoder_noted)
+    features, prompt = exported.request(np.random.default_rng(0))
+    found: list[Any] = []
+
+    def submit(max_new_tokens: int) -> None:
+        settings = settings_of(max_new_tokens=max_new_tokens, suppress_tokens=[EOS])
+        engine.submit(Request(features, prompt, settings, found.append))
+
+    for max_new_tokens in (1, 8, 2, 8):
+        submit(max_new_tokens)
+    engine.step()
+    assert filled == [(0, 4)]
+    engine.step()
+    # The first and the third have ended.
+    for _ in range(3):
+        submit(2)
+    engine.step()
+    assert filled == [(0, 4), (0, 1), (2, 1), (4, 1)]
+    engine.step()
+    assert list(runner._slots.values()) == [1, 3]
+    engine.step()
+    assert list(runner._slots.values()) == [0, 1]
+    engine.finish()
+    longest = max((answer.token_ids.tolist() for answer in found), key=len)
+    assert [answer.token_ids.tolist() for answer in found] == [longest[: len(answer.token_ids)] for answer in found]
+    assert [len(answer.token_ids) for answer in found] == [2, 3, 3, 3, 3, 9, 9]
+
+
+def test_caches_that_do_not_fit_are_refused_at_once(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is given when it is first written to; nobody's answer is to find out that there is none."""
+    caches = CacheSizes(rows=8, decoder_entries=4096, encoder_entries=1000, entry_bytes=2048)
+    monkeypatch.setattr(runner_module, "available_bytes", lambda: caches.bytes)
+    GraphRunner(exported.folder, caches, threads=1)
+    monkeypatch.setattr(runner_module, "available_bytes", lambda: caches.bytes - 1)
+    with pytest.raises(ValueError, match=r"caches of at most 10 MB: 8 rows .* don't fit: 10 MB are free .* lower rows"):
+        GraphRunner(exported.folder, caches, threads=1)
 
 
 @dataclass(eq=False)
