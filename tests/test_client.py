@@ -25,3 +25,9 @@ def test_a_region_needs_a_picture_to_be_a_region_of() -> None:
 def test_protocols() -> None:
     with pytest.raises(ValueError, match='"grpc" or "http"'):
         Florence2Client(protocol="rest")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])
+def test_a_timeout_is_a_number_of_seconds(timeout: float) -> None:
+    with pytest.raises(ValueError, match="finite and more than 0"):
+        Florence2Client(timeout=timeout)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class Florence2Client:
         timeout: float = 300,
     ) -> None:
         """`url`: HOST:PORT of the endpoint for `protocol`, "grpc" or "http"; `timeout`: seconds per request."""
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"a timeout is seconds, finite and more than 0, not {timeout}")
         self._triton = _protocol(protocol)
         self._protocol = protocol
         self.url, self.model, self.timeout = url, model, timeout
