@@ -43,6 +43,14 @@ def test_a_missing_extra_is_named(capsys: pytest.CaptureFixture[str], monkeypatc
     assert "pip install 'florence2-triton[export]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["0", "-5", "64MB"])
+def test_a_response_cache_has_a_size(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        main(["serve", "--repository", "models", f"--response-cache={size}"])
+    assert refused.value.code == 2
+    assert "--response-cache" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_script_and_the_command_are_the_same(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "export" / "to_onnx.py"
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)

@@ -35,11 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--response-cache",
-        type=int,
+        type=_megabytes,
         metavar="MEGABYTES",
         help="memory for answers to identical requests and for the image features of pictures that are asked about "
         "again (2 MB each for a base model); by default nothing is kept",
     )
+
+
+def _megabytes(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no size; leave it out to keep nothing")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
