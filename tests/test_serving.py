@@ -1,8 +1,11 @@
-"""The real server: Microsoft's answers through Triton, the demo checkpoint over gRPC and HTTP, and what is refused."""
+"""The real server: Microsoft's answers through Triton, the demo checkpoint over gRPC and HTTP, what is refused, and
+what happens under load, when time is over, when lists are full, with a cache, and when the engine fails."""
 
 import base64
 import io
 import json
+import random
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -10,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -20,6 +24,26 @@ from florence2_release.install import install
 from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.server import TritonServer
 from PIL import Image, ImageOps
+from serving import (
+    ENDLESS,
+    HANGS,
+    PICTURES,
+    PROMPTS,
+    client,
+    counts,
+    figures,
+    prepare,
+    serve,
+    tensors,
+    transformers_answers,
+    wait_until,
+)
+from tritonclient import grpc, http
+from tritonclient.utils import InferenceServerException
+
+from florence2.generation.caches import CacheSizes
+from florence2.generation.engine import COUNTERS, GAUGES
+from florence2.manifest import Manifest
 
 try:
     find_tritonserver()
@@ -27,29 +51,52 @@ except ServerError as error:
     pytest.skip(str(error), allow_module_level=True)
 
 pytestmark = pytest.mark.server
-PICTURES = DEMO_CHECKPOINT.parent / "pictures"
-
-
-def serve(export: Path, folder: Path) -> Iterator[TritonServer]:
-    install(export, folder / "repository")
-    with TritonServer(folder / "repository") as server:
-        server.wait_ready()
-        yield server
+SCENE = DEMO_CHECKPOINT.parent / "pictures" / "scene-1.png"
+UNAVAILABLE = ("StatusCode.UNAVAILABLE", "503")
+"""As gRPC and HTTP say it."""
 
 
 @pytest.fixture(scope="module")
 def microsoft(microsoft_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    yield from serve(microsoft_export, tmp_path_factory.mktemp("microsoft"))
+    with serve(microsoft_export, tmp_path_factory.mktemp("microsoft")) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def demo(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    yield from serve(demo_export, tmp_path_factory.mktemp("demo"))
+    with serve(demo_export, tmp_path_factory.mktemp("demo")) as server:
+        yield server
 
 
-def client(server: TritonServer, protocol: str = "grpc") -> Florence2Client:
-    port = server.grpc_port if protocol == "grpc" else server.http_port
-    return Florence2Client(f"127.0.0.1:{port}", protocol=protocol)
+@pytest.fixture(scope="module")
+def small(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """Room for one request of three beams and two that wait."""
+    with serve(
+        demo_export,
+        tmp_path_factory.mktemp("small"),
+        beam_search={"rows": 3, "max_waiting": 2},
+        preprocess={"max_waiting": 8},
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def caching(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """With a response cache; its log says when the vision encoder's graph runs."""
+    folder = tmp_path_factory.mktemp("caching")
+    with serve(demo_export, folder, change=tell_of_pictures, cache_size=64 * 2**20) as server:
+        yield server
+
+
+def tell_of_pictures(repository: Path) -> None:
+    with (repository / "vision_encoder" / "1" / "model.py").open("a") as file:
+        file.write("""
+
+import triton_python_backend_utils as pb_utils
+from onnxruntime import InferenceSession
+run = InferenceSession.run
+InferenceSession.run = lambda *args: pb_utils.Logger.log_info("a picture is looked at") or run(*args)
+""")
 
 
 def assert_close(found: Any, expected: Any) -> None:
@@ -89,9 +136,9 @@ def test_microsofts_answers_through_triton(microsoft: TritonServer) -> None:
 
 
 def test_grpc_http_and_curl_agree(demo: TritonServer) -> None:
-    image = PICTURES / "scene-1.png"
-    with client(demo) as grpc, client(demo, "http") as http:
-        first, second = grpc.ask(image, "<OD>"), http.ask(image, "<OD>")
+    image = SCENE
+    with client(demo) as over_grpc, client(demo, "http") as over_http:
+        first, second = over_grpc.ask(image, "<OD>"), over_http.ask(image, "<OD>")
     assert first.answer == second.answer
     assert first.token_ids.tolist() == second.token_ids.tolist()
     assert first.model_version == second.model_version == "1"
@@ -102,8 +149,8 @@ def test_grpc_http_and_curl_agree(demo: TritonServer) -> None:
 
 
 def test_settings_of_a_request(demo: TritonServer) -> None:
-    image = PICTURES / "scene-1.png"
-    with client(demo) as grpc, client(demo, "http") as http:
+    image = SCENE
+    with client(demo) as over_grpc, client(demo, "http") as over_http:
         asked: dict[str, Any] = {
             "num_beams": 2,
             "max_new_tokens": 4,
@@ -111,7 +158,7 @@ def test_settings_of_a_request(demo: TritonServer) -> None:
             "length_penalty": 0.5,
             "early_stopping": False,
         }
-        answers = [grpc.ask(image, "<OD>", **asked), http.ask(image, "<OD>", **asked)]
+        answers = [over_grpc.ask(image, "<OD>", **asked), over_http.ask(image, "<OD>", **asked)]
     assert answers[0].token_ids.tolist() == answers[1].token_ids.tolist()
     assert len(answers[0].token_ids) == 5
     assert answers[0].finish_reason == "length"
@@ -123,7 +170,7 @@ def test_settings_of_a_request(demo: TritonServer) -> None:
 
 
 def test_pictures_of_every_kind(demo: TritonServer) -> None:
-    picture = Image.open(PICTURES / "scene-1.png").convert("RGB")
+    picture = Image.open(SCENE).convert("RGB")
     with client(demo) as connection:
         plain = connection.ask(picture, "<OD>")
         for mode in ("PNG", "BMP", "TIFF", "WEBP"):
@@ -134,7 +181,7 @@ def test_pictures_of_every_kind(demo: TritonServer) -> None:
 
 
 def test_a_region_in_pixels_is_the_region_in_locations(demo: TritonServer) -> None:
-    image = PICTURES / "scene-2.jpg"
+    image = SCENE.with_name("scene-2.jpg")
     with Image.open(image) as opened:
         width, height = ImageOps.exif_transpose(opened).size
     with client(demo) as connection:
@@ -147,7 +194,7 @@ def test_a_region_in_pixels_is_the_region_in_locations(demo: TritonServer) -> No
 BAD = {
     "empty": (b"", "<OD>", "the image is empty"),
     "no image": (b"<html>", "<OD>", "can't be read"),
-    "cut short": ((PICTURES / "scene-1.png").read_bytes()[:2000], "<OD>", "cut short"),
+    "cut short": (SCENE.read_bytes()[:2000], "<OD>", "cut short"),
     "misspelt": (None, "<CAPTIN>", "did you mean <CAPTION>"),
     "text missing": (None, "<CAPTION_TO_PHRASE_GROUNDING>", "needs text"),
     "text too much": (None, "<OD>a car", "takes no text"),
@@ -162,7 +209,7 @@ BAD = {
 def test_refusals_have_a_code_and_a_reason(demo: TritonServer, protocol: str, kind: str) -> None:
     image, prompt, reason = BAD[kind]
     with client(demo, protocol) as connection, pytest.raises(ServerRefused, match=reason) as refused:
-        connection.ask((PICTURES / "scene-1.png") if image is None else image, prompt)
+        connection.ask(SCENE if image is None else image, prompt)
     assert refused.value.status in ("StatusCode.INVALID_ARGUMENT", "400")
 
 
@@ -181,12 +228,12 @@ def test_refusals_have_a_code_and_a_reason(demo: TritonServer, protocol: str, ki
 )
 def test_settings_out_of_range(demo: TritonServer, settings: dict[str, Any]) -> None:
     with client(demo) as connection, pytest.raises(ServerRefused, match=f"{next(iter(settings))} must be") as refused:
-        connection.ask(PICTURES / "scene-1.png", "<OD>", **settings)
+        connection.ask(SCENE, "<OD>", **settings)
     assert refused.value.status == "StatusCode.INVALID_ARGUMENT"
 
 
 def test_bad_requests_do_not_hurt_the_good_ones_beside_them(demo: TritonServer) -> None:
-    image = PICTURES / "scene-1.png"
+    image = SCENE
     with client(demo) as connection:
         expected = connection.ask(image, "<OD>").answer
 
@@ -217,7 +264,7 @@ def test_a_batch_in_one_request_is_refused(demo: TritonServer) -> None:
 
 def test_ask_prints_and_draws(demo: TritonServer, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn.png"
-    image = PICTURES / "scene-1.png"
+    image = SCENE
     answer = ask_command(demo, str(image), "<OD>", "--draw", str(drawn))
     assert answer.returncode == 0, answer.stderr
     assert "drawn" in answer.stdout
@@ -235,13 +282,294 @@ def test_ask_prints_and_draws(demo: TritonServer, tmp_path: Path) -> None:
 
 def test_ask_without_a_server_says_so_in_one_line() -> None:
     answer = subprocess.run(
-        [sys.executable, "-m", "florence2.cli", "ask", str(PICTURES / "scene-1.png"), "<OD>", "--url", "localhost:1"],
+        [sys.executable, "-m", "florence2.cli", "ask", str(SCENE), "<OD>", "--url", "localhost:1"],
         capture_output=True,
         text=True,
     )
     assert answer.returncode == 1
     assert answer.stderr.count("\n") == 1
     assert "localhost:1" in answer.stderr
+
+
+def random_settings(rng: random.Random) -> dict[str, Any]:
+    """Not no_repeat_ngram_size=1 with many tokens: it bans the end token, and among the near-equal tokens that come
+    when an answer may not end, transformers itself takes others if the features change by 1e-7 of their size."""
+    max_new_tokens = rng.choice([1, 2, 5, 10, 20, 40, 80])
+    return {
+        "num_beams": rng.randint(1, 8),
+        "max_new_tokens": max_new_tokens,
+        "no_repeat_ngram_size": rng.choice([0, 1, 2, 3, 4] if max_new_tokens <= 20 else [0, 2, 3, 4]),
+        "length_penalty": rng.choice([-1.0, 0.0, 0.5, 1.0, 2.0]),
+        "early_stopping": rng.choice([True, False]),
+    }
+
+
+def test_64_requests_in_flight_each_get_transformers_answer_for_their_settings(demo: TritonServer) -> None:
+    rng = random.Random(0)
+    questions = [(rng.choice(PICTURES), PROMPTS[i % len(PROMPTS)], random_settings(rng)) for i in range(64)]
+    start = Barrier(len(questions))
+
+    def ask(index: int) -> list[int]:
+        picture, prompt, settings = questions[index]
+        with client(demo, "http" if index % 2 else "grpc") as connection:
+            start.wait(HANGS)
+            return connection.ask(picture, prompt, **settings).token_ids.tolist()
+
+    before = figures(demo)
+    with ThreadPoolExecutor(len(questions)) as pool:
+        answers = list(pool.map(ask, range(len(questions))))
+    for question, answer, expected in zip(questions, answers, transformers_answers(demo, questions), strict=True):
+        assert answer == expected, question
+    after = figures(demo)
+    # They did share steps.
+    tokens, steps = (after[name] - before[name] for name in ("florence2_tokens_total", "florence2_steps_total"))
+    assert tokens > 2 * steps
+
+
+def test_figures_on_the_metrics_endpoint(demo: TritonServer, demo_export: Path) -> None:
+    before = figures(demo)
+    assert set(before) == {*COUNTERS, *GAUGES}
+    assert before["florence2_cache_bytes"] == CacheSizes.of(Manifest.read(demo_export).sizes, rows=24).bytes
+    with client(demo) as connection:
+        tokens = sum(len(connection.ask(picture, "<OD>", num_beams=1).token_ids) - 1 for picture in PICTURES)
+    wait_until(lambda: figures(demo)["florence2_tokens_total"] == before["florence2_tokens_total"] + tokens)
+    assert steps_until_free(demo, before) == tokens
+    after = figures(demo)
+    assert after["florence2_tokens_per_step"] == 1
+    for name in ("florence2_encoder_seconds_total", "florence2_decoder_seconds_total"):
+        assert before[name] < after[name] < before[name] + HANGS
+    assert after["florence2_rows_free"] == 24
+
+
+def steps_until_free(server: TritonServer, before: dict[str, float]) -> float:
+    """Since the figures `before`, which were of a server with nothing to do: those now may still be of that time."""
+
+    def is_free() -> bool:
+        now = figures(server)
+        busy = any(now[f"florence2_{name}"] for name in ("requests_running", "requests_waiting", "rows_used"))
+        return now["florence2_steps_total"] > before["florence2_steps_total"] and not busy
+
+    wait_until(is_free)
+    return figures(server)["florence2_steps_total"] - before["florence2_steps_total"]
+
+
+def test_cancelled_requests_free_their_rows(demo: TritonServer) -> None:
+    pixels, input_ids = prepare(demo, SCENE, "<OD>")
+    before, requests = figures(demo), 20
+    ended: list[Any] = []
+    with grpc.InferenceServerClient(demo.grpc_url) as connection:
+        features = connection.infer("vision_encoder", tensors(pixels=pixels)).as_numpy("image_features")[0]
+        inputs = tensors(image_features=features, input_ids=input_ids, **ENDLESS)
+        calls = [
+            connection.async_infer("beam_search", inputs, lambda result, error: ended.append(error))
+            for _ in range(requests)
+        ]
+        wait_until(lambda: figures(demo)["florence2_rows_used"] == 24)
+        for call in calls:
+            call.cancel()
+        wait_until(lambda: len(ended) == requests)
+    assert [error.status() for error in ended] == ["StatusCode.CANCELLED"] * requests
+    # Three at a time, it would have been far more to the end.
+    assert steps_until_free(demo, before) < requests / 3 * 511 / 2
+    with client(demo) as connection:
+        assert connection.ask(SCENE, "<OD>").finish_reason == "stop"
+
+
+TIME_IS_OVER = "the request's time (is|was) over"
+"""In the engine, or in the lists before it."""
+
+
+@pytest.mark.parametrize("protocol", [grpc, http], ids=["grpc", "http"])
+def test_a_requests_timeout_ends_it_in_the_engine(demo: TritonServer, protocol: Any) -> None:
+    url = demo.grpc_url if protocol is grpc else demo.http_url.removeprefix("http://")
+    inputs = tensors(protocol, image=SCENE.read_bytes(), prompt=b"<OD>", **ENDLESS)
+    before = figures(demo)
+
+    def ask(timeout: int) -> Any:
+        with protocol.InferenceServerClient(url) as connection:
+            return connection.infer("florence2", inputs, timeout=timeout).as_numpy("token_ids")
+
+    def give_up(_: int) -> None:
+        with pytest.raises(InferenceServerException, match=TIME_IS_OVER) as late:
+            ask(100_000)
+        assert late.value.status() in UNAVAILABLE
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(give_up, range(6)))
+    assert steps_until_free(demo, before) < 511
+    assert ask(10**6 * HANGS).shape == (1, 512)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_a_client_that_gives_up_leaves_no_work_behind(demo: TritonServer, protocol: str) -> None:
+    before = figures(demo)
+    with client(demo, protocol, timeout=0.1) as connection, pytest.raises(ServerRefused):
+        connection.ask(SCENE, "<OD>", **ENDLESS)
+    assert steps_until_free(demo, before) < 511
+
+
+def answer_or_status(server: TritonServer, index: int, picture: Any, **settings: Any) -> Any:
+    with client(server, "http" if index % 2 else "grpc") as connection:
+        try:
+            return connection.ask(picture, "<OD>", **settings).token_ids.tolist()
+        except ServerRefused as refused:
+            if refused.status not in UNAVAILABLE:
+                raise
+            return str(refused)
+
+
+def test_a_full_server_says_so_at_once_and_answers_those_it_took(small: TritonServer) -> None:
+    settings = ENDLESS | {"num_beams": 3}
+    with client(small) as connection:
+        expected = connection.ask(SCENE, "<OD>", **settings).token_ids.tolist()
+    ended: list[bool] = []
+
+    def ask(index: int) -> Any:
+        answer = answer_or_status(small, index, SCENE, **settings)
+        ended.append(answer == expected)
+        return answer
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(8)))
+    # One ran, two waited.
+    assert answers.count(expected) >= 3
+    refused = [answer for answer in answers if answer != expected]
+    assert refused
+    assert all("2 requests are waiting already; try again later" in answer for answer in refused)
+    # Nobody was refused after having waited for others to end.
+    assert not any(ended[: len(refused)])
+
+
+def test_a_full_list_before_the_engine(small: TritonServer) -> None:
+    buffer = io.BytesIO()
+    Image.open(SCENE).convert("RGB").resize((4000, 3000)).save(buffer, format="JPEG")
+    large = buffer.getvalue()
+    with client(small) as connection:
+        expected = connection.ask(large, "<OD>", max_new_tokens=1).token_ids.tolist()
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda i: answer_or_status(small, i, large, max_new_tokens=1), range(16)))
+    assert expected in answers
+    full = [answer for answer in answers if "8 requests are waiting already" in answer]
+    assert full
+    # Those who went through to the engine together may have found that full.
+    others = [answer for answer in answers if answer != expected and answer not in full]
+    assert all("2 requests are waiting already" in answer for answer in others)
+
+
+def test_who_waits_too_long_is_told(small: TritonServer) -> None:
+    settings = ENDLESS | {"num_beams": 3}
+    inputs = tensors(image=SCENE.read_bytes(), prompt=b"<OD>")
+    with ThreadPoolExecutor(2) as pool:
+        before_it = [pool.submit(answer_or_status, small, index, SCENE, **settings) for index in range(2)]
+        wait_until(lambda: figures(small)["florence2_requests_waiting"] == 1)
+        with (
+            grpc.InferenceServerClient(small.grpc_url) as connection,
+            pytest.raises(InferenceServerException, match=TIME_IS_OVER) as late,
+        ):
+            connection.infer("florence2", inputs, timeout=50_000)
+        assert late.value.status() == "StatusCode.UNAVAILABLE"
+        assert [len(request.result(HANGS)) for request in before_it] == [512, 512]
+
+
+def pictures_looked_at(server: TritonServer) -> int:
+    return server.log_text().count("a picture is looked at")
+
+
+def test_the_response_cache(caching: TritonServer) -> None:
+    """Eight tasks on one picture cost one run of the vision encoder; the same request again costs nothing."""
+    prompts = PROMPTS[:8]
+    with client(caching) as over_grpc, client(caching, "http") as over_http:
+        answers = [over_grpc.ask(SCENE, prompt) for prompt in prompts]
+        assert counts(caching, "vision_encoder") == {
+            "success": 8,
+            "fail": 0,
+            "cache_hit": 7,
+            "cache_miss": 1,
+            "computed": 1,
+        }
+        assert pictures_looked_at(caching) == 1
+        computed = counts(caching, "beam_search")["computed"]
+        again = [connection.ask(SCENE, prompt) for connection in (over_grpc, over_http) for prompt in prompts]
+        ensemble = counts(caching, "florence2")
+        assert (ensemble["cache_hit"], ensemble["cache_miss"]) == (16, 8)
+        assert counts(caching, "beam_search")["computed"] == computed
+        assert [answer.to_json() for answer in again] == 2 * [answer.to_json() for answer in answers]
+        # Another setting is another request.
+        assert len(over_grpc.ask(SCENE, "<OD>", max_new_tokens=2).token_ids) == 3
+
+
+def test_tasks_on_a_new_picture_at_once_look_at_it_once(caching: TritonServer) -> None:
+    picture = SCENE.with_name("scene-2.jpg")
+    before, start = pictures_looked_at(caching), Barrier(8)
+
+    def ask(prompt: str) -> list[int]:
+        with client(caching) as connection:
+            start.wait(HANGS)
+            return connection.ask(picture, prompt).token_ids.tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, PROMPTS[:8]))
+    assert pictures_looked_at(caching) == before + 1
+    with client(caching) as connection:
+        assert [connection.ask(picture, prompt).token_ids.tolist() for prompt in PROMPTS[:8]] == answers
+
+
+def test_errors_are_not_kept_in_the_cache(caching: TritonServer) -> None:
+    inputs = tensors(image=SCENE.read_bytes(), prompt=b"<CAPTION>", **ENDLESS)
+    with grpc.InferenceServerClient(caching.grpc_url) as connection:
+        for _ in range(2):
+            with pytest.raises(InferenceServerException, match=TIME_IS_OVER):
+                connection.infer("florence2", inputs, timeout=20_000)
+        assert connection.infer("florence2", inputs).as_numpy("token_ids").shape == (1, 512)
+        # From the cache, or it could not be there in time.
+        assert connection.infer("florence2", inputs, timeout=20_000).as_numpy("token_ids").shape == (1, 512)
+
+
+def fail_when_asked_for_six_tokens(repository: Path) -> None:
+    with (repository / "beam_search" / "1" / "model.py").open("a") as file:
+        file.write("""
+
+step = Engine.step
+def fail(engine):
+    if any(request.settings.max_length == 7 for request in engine.scheduler.waiting):
+        raise RuntimeError("never seen before")
+    step(engine)
+Engine.step = fail
+""")
+
+
+def test_when_the_engine_fails_everyone_is_told_and_the_server_recovers(demo_export: Path, tmp_path: Path) -> None:
+    with serve(demo_export, tmp_path, change=fail_when_asked_for_six_tokens) as server, client(server) as connection:
+        expected = connection.ask(SCENE, "<OD>").token_ids.tolist()
+        with ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(answer_or_status, server, index, SCENE, **ENDLESS) for index in range(3)]
+            wait_until(lambda: figures(server)["florence2_rows_used"] == 24)
+            with pytest.raises(ServerRefused, match="the engine has failed") as told:
+                connection.ask(SCENE, "<OD>", max_new_tokens=6)
+            assert told.value.status == "StatusCode.UNAVAILABLE"
+            assert all("the engine has failed" in request.result(HANGS) for request in running)
+        wait_until(lambda: answer_or_status(server, 0, SCENE) == expected)
+        assert server.is_ready()
+        assert "RuntimeError('never seen before')" in server.log_text()
+
+
+def test_serve_tells_how_much_the_response_cache_has_answered(demo_export: Path, tmp_path: Path) -> None:
+    install(demo_export, tmp_path / "repository")
+    command = [sys.executable, "-m", "florence2.cli", "serve", "--repository", str(tmp_path / "repository")]
+    command += ["--response-cache", "64", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            lines = iter(process.stdout.readline, "")
+            url = next(line.split()[1] for line in lines if line.startswith("  gRPC"))
+            with Florence2Client(url) as connection:
+                for prompt in ("<OD>", "<OD>", "<CAPTION>"):
+                    connection.ask(SCENE, prompt)
+        finally:
+            process.send_signal(signal.SIGINT)
+        told = process.communicate(timeout=HANGS)[0]
+    assert "answered from the response cache: florence2 1 of 3 requests, vision_encoder 1 of 2 requests\n" in told
+    assert process.returncode == 0
 
 
 def ask_command(server: TritonServer, *arguments: str) -> subprocess.CompletedProcess[str]:
