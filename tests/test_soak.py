@@ -1,38 +1,48 @@
-"""Thousands of requests, good and bad, of every task and both protocols: `make soak`."""
+"""Thousands of requests of every task, with settings of their own, over both protocols; some bad, some cancelled, some
+with too little time: `make soak`."""
 
 import json
 import random
+import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import Queue
+from typing import Any
 
 import psutil
 import pytest
-from conftest import DEMO_CHECKPOINT
 from florence2_client import Florence2Client, ServerRefused
-from florence2_release.install import install
 from florence2_release.server import TritonServer
+from serving import (
+    ENDLESS,
+    HANGS,
+    PICTURES,
+    PROMPTS,
+    Question,
+    client,
+    figures,
+    prepare,
+    serve,
+    tensors,
+    transformers_answers,
+    wait_until,
+)
+from tritonclient import grpc
+from tritonclient.utils import InferenceServerException
 
 pytestmark = [pytest.mark.soak, pytest.mark.server]
-PICTURES = sorted(path for path in (DEMO_CHECKPOINT.parent / "pictures").iterdir() if path.suffix in (".png", ".jpg"))
-PROMPTS = (
-    "<OD>",
-    "<CAPTION>",
-    "<OCR>",
-    "<OCR_WITH_REGION>",
-    "<REGION_PROPOSAL>",
-    "<CAPTION_TO_PHRASE_GROUNDING>a table",
-)
 BAD = ((b"", "<OD>"), (b"<html>", "<OD>"), (PICTURES[0].read_bytes()[:999], "<OD>"), (None, "<CAPTIN>"), (None, ""))
-REQUESTS, ROUNDS, WORKERS = 1000, 5, 8
+REQUESTS, ROUNDS, WORKERS = 1000, 10, 8
+DISTINCT = 500
+"""Questions that transformers answers once."""
 
 
 @pytest.fixture(scope="module")
 def server(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    repository = tmp_path_factory.mktemp("soak") / "models"
-    install(demo_export, repository)
-    with TritonServer(repository) as running:
-        running.wait_ready()
+    # Fewer recent pictures than there are, so that the vision encoder's graph goes on running.
+    with serve(demo_export, tmp_path_factory.mktemp("soak"), vision_encoder={"recent_pictures": 3}) as running:
         yield running
 
 
@@ -42,39 +52,92 @@ def memory(server: TritonServer) -> float:
     return sum(process.memory_info().rss for process in [parent, *parent.children(recursive=True)]) / 1e6
 
 
+def random_question(rng: random.Random) -> Question:
+    settings = {
+        "num_beams": rng.randint(1, 8),
+        "max_new_tokens": rng.choice([1, 5, 20, 80, 511]),
+        "no_repeat_ngram_size": rng.choice([0, 2, 3, 4]),
+        "length_penalty": rng.choice([-1.0, 0.0, 0.5, 1.0, 2.0]),
+        "early_stopping": rng.choice([True, False]),
+    }
+    return rng.choice(PICTURES), rng.choice(PROMPTS), settings
+
+
+class Asker:
+    """One client's requests, each checked."""
+
+    def __init__(self, server: TritonServer, seed: int, questions: list[Question], expected: list[list[int]]) -> None:
+        self.rng = random.Random(seed)
+        self.answers = list(zip(questions, expected, strict=True))
+        self.client: Florence2Client = client(server, self.rng.choice(["grpc", "http"]))
+        self.direct = grpc.InferenceServerClient(server.grpc_url)
+        pixels, input_ids = prepare(server, PICTURES[0], "<OD>")
+        features = self.direct.infer("vision_encoder", tensors(pixels=pixels)).as_numpy("image_features")[0]
+        self.endless = tensors(image_features=features, input_ids=input_ids, **ENDLESS)
+
+    def ask(self) -> str:
+        kinds = (self.good, self.bad, self.late, self.cancelled)
+        return self.rng.choices(kinds, weights=(80, 10, 5, 5))[0]()
+
+    def good(self) -> str:
+        (picture, prompt, settings), expected = self.rng.choice(self.answers)
+        found = self.client.ask(picture, prompt, **settings).token_ids.tolist()
+        assert found == expected, (picture.name, prompt, settings)
+        return "answered"
+
+    def bad(self) -> str:
+        image, prompt = self.rng.choice(BAD)
+        with pytest.raises(ServerRefused) as refused:
+            self.client.ask(PICTURES[0] if image is None else image, prompt)
+        assert refused.value.status in ("StatusCode.INVALID_ARGUMENT", "400")
+        return "refused"
+
+    def late(self) -> str:
+        """In time or not, but never something else."""
+        (picture, prompt, settings), expected = self.rng.choice(self.answers)
+        inputs = tensors(image=picture.read_bytes(), prompt=prompt.encode(), **settings)
+        try:
+            found = self.direct.infer("florence2", inputs, timeout=self.rng.randint(1, 50_000))
+        except InferenceServerException as error:
+            assert error.status() == "StatusCode.UNAVAILABLE"  # noqa: PT017
+            return "out of time"
+        assert found.as_numpy("token_ids")[0].tolist() == expected
+        return "answered in time"
+
+    def cancelled(self) -> str:
+        ended: Queue[Any] = Queue()
+        call = self.direct.async_infer("beam_search", self.endless, lambda result, error: ended.put(error))
+        time.sleep(self.rng.uniform(0, 0.05))
+        call.cancel()
+        assert ended.get(timeout=HANGS).status() == "StatusCode.CANCELLED"
+        return "cancelled"
+
+    def close(self) -> None:
+        self.client.close()
+        self.direct.close()
+
+
 def test_answers_stay_the_same_and_memory_flat(server: TritonServer) -> None:
-    questions = [(picture, prompt) for picture in PICTURES for prompt in PROMPTS]
-    url = f"127.0.0.1:{server.grpc_port}"
-    with Florence2Client(url) as client:
-        expected = {question: client.ask(*question).token_ids.tolist() for question in questions}
+    rng = random.Random(0)
+    questions = [random_question(rng) for _ in range(DISTINCT)]
+    expected = transformers_answers(server, questions)
 
-    def ask_many(seed: int) -> tuple[int, int]:
-        """Good and bad requests; each is checked."""
-        rng, counts = random.Random(seed), [0, 0]
-        http = rng.random() < 0.5
-        port = server.http_port if http else server.grpc_port
-        with Florence2Client(f"127.0.0.1:{port}", protocol="http" if http else "grpc") as client:
-            for _ in range(REQUESTS // WORKERS):
-                if rng.random() < 0.1:
-                    image, prompt = rng.choice(BAD)
-                    with pytest.raises(ServerRefused) as refused:
-                        client.ask(PICTURES[0] if image is None else image, prompt)
-                    assert refused.value.status in ("StatusCode.INVALID_ARGUMENT", "400")
-                    counts[1] += 1
-                else:
-                    question = rng.choice(questions)
-                    assert client.ask(*question).token_ids.tolist() == expected[question]
-                    counts[0] += 1
-        return counts[0], counts[1]
+    def ask_many(seed: int) -> Counter[str]:
+        asker = Asker(server, seed, questions, expected)
+        try:
+            return Counter(asker.ask() for _ in range(REQUESTS // WORKERS))
+        finally:
+            asker.close()
 
-    sizes, answered, refused = [memory(server)], 0, 0
+    sizes, counted = [memory(server)], Counter[str]()
     with ThreadPoolExecutor(WORKERS) as pool:
-        for round_number in range(ROUNDS):
-            seeds = range(round_number * WORKERS, (round_number + 1) * WORKERS)
-            for good, bad in pool.map(ask_many, seeds):
-                answered, refused = answered + good, refused + bad
+        for number in range(ROUNDS):
+            for counts in pool.map(ask_many, range(number * WORKERS, (number + 1) * WORKERS)):
+                counted += counts
             sizes.append(memory(server))
-    figures = {"answered": answered, "refused": refused, "megabytes after each round": [round(size) for size in sizes]}
-    print(json.dumps(figures))
+    print(json.dumps({**counted, "megabytes after each round": [round(size) for size in sizes]}))
+    assert counted.total() == REQUESTS * ROUNDS
+    assert len(counted) == 5
+    wait_until(lambda: figures(server)["florence2_rows_used"] == 0)
     # The first round fills caches and arenas; from then on nothing may grow.
     assert sizes[-1] < 1.05 * sizes[1]
