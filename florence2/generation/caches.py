@@ -101,7 +101,9 @@ class Rows:
         """
         count = len(parents)
         rows = self._stay(parents)
-        free = np.setdiff1d(np.arange(count), rows)
+        taken = np.zeros(count, np.bool_)
+        taken[rows[rows >= 0]] = True
+        free = np.flatnonzero(~taken)
         moves: list[tuple[int, int, Ids]] = []
         for beam in np.flatnonzero((rows < 0) & (parents >= 0)):
             parent, length = parents[beam], lengths[beam]

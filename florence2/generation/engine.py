@@ -99,16 +99,22 @@ class Engine:
         for request in (*running, *waiting):
             if now >= request.deadline:
                 self._retire(request, Unavailable("the request's time is over; ask for less, or allow more time"))
-        for request in running if ask else ():
-            if now < request.deadline and request.is_cancelled():
-                self._retire(request, Cancelled("the request was cancelled"))
+        if ask:
+            self._drop_cancelled([request for request in running if now < request.deadline])
 
     def _admit(self) -> list[Request]:
         with self._changed:
             admitted = self.scheduler.admit()
-        cancelled = [request for request in admitted if request.is_cancelled()]
-        self._fail(cancelled, Cancelled("the request was cancelled"))
-        return [request for request in admitted if request not in cancelled]
+        self._drop_cancelled(admitted)
+        return [request for request in admitted if request in self.scheduler.running]
+
+    def _drop_cancelled(self, requests: list[Request]) -> None:
+        for request in requests:
+            try:
+                if request.is_cancelled():
+                    raise Cancelled("the request was cancelled")
+            except Exception as error:
+                self._fail([request], error)
 
     def _encode(self, admitted: list[Request]) -> None:
         if not admitted:

@@ -49,6 +49,8 @@ class Cache:
     def bind(self, binding: "IOBinding", rows: int, *, first: int = 0, input: str = "", output: str = "") -> None:
         """As a graph's input, output or both: `rows` from the `first` on."""
         shape = (rows, self._heads, self.columns, self._head_dim)
+        if (first + rows) * self.columns > self._entries:
+            raise IndexError(f"rows {first} to {first + rows} of {self.columns} columns end behind the cache")
         pointer = self._memory.data_ptr() + first * int(np.prod(shape[1:])) * self._dtype.itemsize
         if input:
             binding.bind_input(input, self._device, 0, self._dtype, shape, pointer)

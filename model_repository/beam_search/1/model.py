@@ -1,5 +1,6 @@
 """Image features and prompt token ids -> the answer's tokens, all requests sharing every step."""
 
+import os
 from threading import Thread
 
 import numpy as np
@@ -31,7 +32,7 @@ class TritonPythonModel:
         self.engine = self.new_engine()
         self.metrics = Metrics(args, COUNTERS, GAUGES)
         self.metrics.report(self.engine.figures())
-        self.stopping = False
+        self.stopping = self.asked_if_ready = False
         self.thread = Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -71,14 +72,26 @@ class TritonPythonModel:
         """Not left to Triton, which (24.10) starts no process again that has ended, and calls its model ready."""
         counters = self.engine.counters
         del self.engine.runner  # the next one needs the memory
-        self.engine = self.new_engine()
+        try:
+            self.engine = self.new_engine()
+        except Exception as error:
+            pb_utils.Logger.log_error(f"there can be no other engine: {error!r}")
+            # Where the server knows is_ready, it turns false with this thread's end; elsewhere the process goes.
+            if not self.asked_if_ready:
+                os._exit(1)
+            raise
         self.engine.counters = counters
 
     def report(self):
-        if self.metrics.are_due() or self.engine.is_idle:
+        if not (self.metrics.are_due() or self.engine.is_idle):
+            return
+        try:
             self.metrics.report(self.engine.figures())
+        except Exception as error:
+            pb_utils.Logger.log_error(f"metrics could not be reported: {error!r}")
 
     def is_ready(self):
+        self.asked_if_ready = True
         return self.thread.is_alive()
 
     def finalize(self):
