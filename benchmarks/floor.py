@@ -7,14 +7,13 @@ Memory bandwidth and matrix speed are the best that torch or ONNX Runtime reach 
 
 import argparse
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from bench import PROMPT_IDS, timed
 from one_request import NUM_BEAMS, prepare
 from onnx.parser import parse_model
 from onnxruntime import InferenceSession, SessionOptions
@@ -30,22 +29,15 @@ from florence2.generation.scheduler import Scheduler
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, Sizes, read_json
 
-PROMPT_IDS = np.array([0, 500, 600, 700, 800, 900, 1000, 1100, 1200, 2])
 SIDE = 2048
 MATMUL = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[N, N] a, float[N, N] b) => (float[N, N] c) { c = MatMul(a, b) }"""
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def bandwidth() -> float:
     """Bytes read per second."""
     block = torch.zeros(100_000_000)
-    return 4 * len(block) / min(seconds(block.sum) for _ in range(20))
+    return 4 * len(block) / min(timed(block.sum) for _ in range(20))
 
 
 def matrix_speed() -> float:
@@ -56,7 +48,7 @@ def matrix_speed() -> float:
     matrix = torch.rand(SIDE, SIDE)
     feeds = {"a": matrix.numpy(), "b": matrix.numpy()}
     works = (lambda: torch.mm(matrix, matrix), lambda: graph.run(None, feeds))
-    return 2 * SIDE**3 / min(seconds(work) for _ in range(20) for work in works)
+    return 2 * SIDE**3 / min(timed(work) for _ in range(20) for work in works)
 
 
 @torch.inference_mode()
@@ -103,7 +95,7 @@ def table(checkpoint: Path, export: Path) -> str:
 
     graph = session(export / "vision_encoder.onnx")
     pixels = np.zeros((1, sizes.image_height, sizes.image_width, 3), np.uint8)
-    measured = median(seconds(lambda: graph.run(None, {"pixels": pixels})) for _ in range(6))
+    measured = median(timed(lambda: graph.run(None, {"pixels": pixels})) for _ in range(6))
     flops = vision_flops(model, sizes)
     add("vision encoder", f"{flops / 1e9:.0f} GFLOP", flops / speed, measured)
 

@@ -7,129 +7,34 @@ default. Each is measured in turns with what it is compared with, and written to
 """
 
 import argparse
-import io
 import os
 import random
-import tempfile
-import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
-import tritonclient.grpc as triton
-from florence2_client import Florence2Client
-from florence2_release.install import install
-from florence2_release.server import TritonServer
-from one_request import NEW_TOKENS, NUM_BEAMS, TASK, prepare
-from PIL import Image
+from bench import PROMPT_IDS, Bench, benched, in_flight, timed
+from one_request import NEW_TOKENS, NUM_BEAMS
 from report import Table, environment
-from transformers import Florence2ForConditionalGeneration, Florence2Processor
-from transformers.modeling_outputs import BaseModelOutput
 
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.settings import GenerationSettings
-from florence2.manifest import Manifest, read_json
 
 IN_FLIGHT = 8
 SHORT, LONG, SHORT_SHARE = 15, 150, 0.7
-PROMPT_IDS = np.array([0, 500, 600, 700, 800, 900, 1000, 1100, 1200, 2])
 TASKS = (
     *("<OD>", "<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>"),
     *("<OCR>", "<OCR_WITH_REGION>", "<DENSE_REGION_CAPTION>", "<REGION_PROPOSAL>"),
 )
 LEVELS = (1, 2, 4, 8, 16, 32, 64)
-
-
-def picture(seed: int) -> bytes:
-    """A JPEG of 1280 x 960 that no other seed gives."""
-    noise = np.random.default_rng(seed).integers(0, 256, (12, 16, 3)).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(noise).resize((1280, 960), Image.Resampling.BICUBIC).save(file, "JPEG")
-    return file.getvalue()
-
-
-class Pictures:
-    """Every picture is new, so that nothing is remembered from before."""
-
-    def __init__(self) -> None:
-        self._seeds, self._lock = iter(range(10**6)), threading.Lock()
-
-    def take(self) -> bytes:
-        with self._lock:
-            seed = next(self._seeds)
-        return picture(seed)
-
-
-@dataclass
-class Bench:
-    """What the sections share."""
-
-    checkpoint: Path
-    export: Path
-    server: TritonServer
-    rounds: int
-    pictures: Pictures = field(default_factory=Pictures)
-
-    def __post_init__(self) -> None:
-        self.sizes = Manifest.read(self.export).sizes
-        positions = self.sizes.max_position_embeddings
-        self.settings = GenerationSettings.from_config(read_json(self.export / "generation_config.json"), positions)
-        shape = (2 * IN_FLIGHT, self.sizes.image_tokens, self.sizes.d_model)
-        self._features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        self.processor = Florence2Processor.from_pretrained(self.checkpoint)
-        self.model = Florence2ForConditionalGeneration.from_pretrained(self.checkpoint, dtype=torch.float32).eval()
-
-    def ask(self, file: bytes, task: str = TASK, new_tokens: int = NEW_TOKENS) -> list[int]:
-        with Florence2Client(self.server.grpc_url) as client:
-            return client.ask(file, task, num_beams=NUM_BEAMS, max_new_tokens=new_tokens).token_ids.tolist()
-
-    @torch.inference_mode()
-    def transformers(self, files: Sequence[bytes]) -> list[list[int]]:
-        images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
-        inputs = self.processor(images=images, text=[TASK] * len(images), return_tensors="pt")
-        return self.model.generate(**inputs, num_beams=NUM_BEAMS, max_new_tokens=NEW_TOKENS).tolist()
-
-    @torch.inference_mode()
-    def transformers_text(self, batch: int, new_tokens: int) -> None:
-        """Decoding alone, from what the encoder made."""
-        hidden = BaseModelOutput(torch.randn(batch, self.sizes.image_tokens + len(PROMPT_IDS), self.sizes.d_model))
-        self.model.generate(encoder_outputs=hidden, num_beams=NUM_BEAMS, max_new_tokens=new_tokens)
-
-    def metrics(self) -> dict[str, float]:
-        """beam_search's own, by name."""
-        with urllib.request.urlopen(self.server.metrics_url) as response:
-            lines = response.read().decode().splitlines()
-        found = (line.rsplit(" ", 1) for line in lines if line.startswith("florence2_"))
-        return {name.partition("{")[0]: float(value) for name, value in found}
-
-    def features(self, seed: int) -> np.ndarray:
-        """[N, D]"""
-        return self._features[seed % len(self._features)]
-
-
-def timed(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def in_flight(count: int, work: Sequence[Callable[[], Any]]) -> list[float]:
-    """Closed loop: `count` at any time until all is done -> seconds of each, in the order of `work`."""
-    with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(timed, work))
 
 
 def steps(bench: Bench) -> str:
@@ -138,7 +43,7 @@ def steps(bench: Bench) -> str:
     for _ in range(bench.rounds):
         for requests in (1, IN_FLIGHT):
             before = bench.metrics()
-            in_flight(requests, [partial(ask_features, bench, seed, NEW_TOKENS) for seed in range(requests)])
+            in_flight(requests, [partial(bench.ask_features, seed, NEW_TOKENS) for seed in range(requests)])
             after = wait_idle(bench)
             grown = {name: after[name] - before[name] for name in after}
             ours = grown["florence2_decoder_seconds_total"] / grown["florence2_steps_total"]
@@ -156,28 +61,6 @@ def steps(bench: Bench) -> str:
     )
 
 
-def ask_features(bench: Bench, seed: int, new_tokens: int) -> None:
-    """beam_search alone, over gRPC."""
-    tensors = {
-        "image_features": bench.features(seed)[None],
-        "input_ids": PROMPT_IDS[None],
-        "num_beams": np.array([[NUM_BEAMS]], np.int32),
-        "max_new_tokens": np.array([[new_tokens]], np.int32),
-    }
-    inputs = []
-    for name, value in tensors.items():
-        inputs.append(triton.InferInput(name, value.shape, triton_type(value)))
-        inputs[-1].set_data_from_numpy(value)
-    client = triton.InferenceServerClient(bench.server.grpc_url)
-    ids = client.infer("beam_search", inputs).as_numpy("token_ids")
-    client.close()
-    assert ids.shape[1] == new_tokens + 1, "random weights were to fill the length"
-
-
-def triton_type(value: np.ndarray) -> str:
-    return {"float32": "FP32", "int64": "INT64", "int32": "INT32"}[value.dtype.name]
-
-
 def wait_idle(bench: Bench) -> dict[str, float]:
     """The metrics, once the last step is in them and Triton has gathered them."""
     time.sleep(2.5)
@@ -187,20 +70,26 @@ def wait_idle(bench: Bench) -> dict[str, float]:
 def pictures(bench: Bench) -> str:
     """From JPEG to token ids: pictures per second with 8 in flight, against transformers in batches."""
     rates: dict[str, list[float]] = {}
+    compared = equal = 0
     for _ in range(bench.rounds):
         files = [bench.pictures.take() for _ in range(2 * IN_FLIGHT)]
-        seconds = timed(partial(in_flight, IN_FLIGHT, [partial(bench.ask, file) for file in files]))
-        rates.setdefault(f"Triton, {IN_FLIGHT} in flight", []).append(len(files) / seconds)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(IN_FLIGHT) as pool:
+            ours = list(pool.map(bench.ask, files))
+        rates.setdefault(f"Triton, {IN_FLIGHT} in flight", []).append(len(files) / (time.perf_counter() - started))
         for batch in (1, IN_FLIGHT):
-            seconds = timed(partial(bench.transformers, files[:batch]))
-            rates.setdefault(f"transformers, batch {batch}", []).append(batch / seconds)
+            started = time.perf_counter()
+            theirs = bench.transformers(files[:batch])
+            rates.setdefault(f"transformers, batch {batch}", []).append(batch / (time.perf_counter() - started))
+            compared += batch
+            equal += sum(ids == expected for ids, expected in zip(ours, theirs, strict=False))
     rows = Table("pictures per second", "median", "min", "max")
     for name, found in rates.items():
         rows.add(name, *(f"{figure(found):.3f}" for figure in (median, min, max)))
-    ours, *theirs = (median(found) for found in rates.values())
+    rate, *others = (median(found) for found in rates.values())
     return (
-        f"{NUM_BEAMS} beams, {NEW_TOKENS} tokens; {2 * IN_FLIGHT} pictures a round through Triton.\n\n"
-        f"{rows}\nTriton / the better of transformers': {ours / max(theirs):.2f}\n"
+        f"{NUM_BEAMS} beams, {NEW_TOKENS} tokens; {2 * IN_FLIGHT} pictures a round through Triton. Token ids equal: "
+        f"{equal} of {compared}.\n\n{rows}\nTriton / the better of transformers': {rate / max(others):.2f}\n"
     )
 
 
@@ -230,7 +119,7 @@ def mixed(bench: Bench) -> str:
 
 
 def mixed_in_flight(bench: Bench, lengths: Sequence[int]) -> list[float]:
-    return in_flight(IN_FLIGHT, [partial(ask_features, bench, seed, length) for seed, length in enumerate(lengths)])
+    return in_flight(IN_FLIGHT, [partial(bench.ask_features, seed, length) for seed, length in enumerate(lengths)])
 
 
 def whole_batches(bench: Bench) -> Iterator[tuple[str, Callable[[Bench, Sequence[int]], list[float]]]]:
@@ -295,20 +184,6 @@ def plot(name: str, values: Sequence[float]) -> str:
 SECTIONS: dict[str, Callable[[Bench], str]] = {
     section.__name__: section for section in (steps, pictures, mixed, tasks, scale)
 }
-
-
-@contextmanager
-def benched(work: Path, rounds: int) -> Iterator[Bench]:
-    checkpoint, export = prepare(work)
-    # In the same file system the weights are linked, not copied.
-    with tempfile.TemporaryDirectory(dir=work) as repository:
-        install(export, Path(repository))
-        with TritonServer(repository, cache_size=2**28) as server:
-            server.wait_ready()
-            bench = Bench(checkpoint, export, server, rounds)
-            bench.ask(bench.pictures.take())
-            bench.transformers([bench.pictures.take()])
-            yield bench
 
 
 def main() -> None:
