@@ -460,7 +460,7 @@ def test_metrics(repository: Path, prepared: list[Tensors], demo_export: Path, m
     from florence2.triton import Metrics
 
     monkeypatch.setattr(Metrics, "EVERY", 0)
-    model = load_model(repository, "beam_search")
+    model = load_model(repository, "beam_search", rows=24, encoder_batch=1)
     assert {name for name, *labels in fake_triton.metrics if labels == ["beam_search", "1"]} == {*COUNTERS, *GAUGES}
     assert gauge("florence2_rows_free") == 24
     assert gauge("florence2_cache_bytes") == CacheSizes.of(Manifest.read(demo_export).sizes, rows=24).bytes
