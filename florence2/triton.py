@@ -133,17 +133,17 @@ class Metrics:
     def __init__(self, args: Mapping[str, str], counters: Mapping[str, str], gauges: Mapping[str, str]) -> None:
         """Names with what they mean."""
         self._next = 0.0
+        self._counted = dict.fromkeys(counters, 0.0)
+        # The families must live as long as their metrics.
+        self._families: dict[str, Any] = {}
+        self._metrics: dict[str, Any] = {}
         labels = {"model": args["model_name"], "version": args["model_version"]}
         kinds = ((counters, pb_utils.MetricFamily.COUNTER), (gauges, pb_utils.MetricFamily.GAUGE))
-        self._metrics, self._counted = {}, dict.fromkeys(counters, 0.0)
         try:
-            # The families must live as long as their metrics.
-            self._families = {
-                name: pb_utils.MetricFamily(name=name, description=description, kind=kind)
-                for names, kind in kinds
-                for name, description in names.items()
-            }
-            self._metrics = {name: family.Metric(labels=labels) for name, family in self._families.items()}
+            for names, kind in kinds:
+                for name, description in names.items():
+                    self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+                    self._metrics[name] = self._families[name].Metric(labels=labels)
         except pb_utils.TritonModelException as error:
             pb_utils.Logger.log_info(f"no metrics of {args['model_name']}: {error}")
 
@@ -159,3 +159,8 @@ class Metrics:
                 self._counted[name] = figures[name]
             else:
                 metric.set(figures[name])
+
+    def close(self) -> None:
+        """In `finalize`: Triton's stub crashes when they go after what it keeps them in (24.10)."""
+        self._metrics.clear()
+        self._families.clear()

@@ -149,8 +149,11 @@ class Metric:
     def value(self) -> float:
         return self._value
 
+    def has_family(self) -> bool:
+        return self._family() is not None
+
     def _check(self, allowed: bool) -> None:
-        if not allowed or self._family() is None:
+        if not allowed or not self.has_family():
             raise TritonModelException("not possible with this metric, or its family is gone")
 
 
@@ -255,6 +258,8 @@ def end() -> None:
             finalize(model)
         for sender in senders:
             sender.check()
+        families = [metric for metric in metrics.values() if metric.has_family()]
+        assert not families, "the stub crashes when metrics are freed after finalize"
     finally:
         _models.clear()
         _senders.clear()

@@ -98,6 +98,7 @@ class TritonPythonModel:
         self.stopping = True
         self.engine.close()
         self.thread.join()
+        self.metrics.close()
 
 
 def outputs(generation):
