@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -542,23 +543,41 @@ def test_when_the_engine_fails_everyone_is_told_and_another_takes_its_place(
     assert gauge("florence2_tokens_total") >= 2 * (len(expected.tensors()["token_ids"][0]) - 1)
 
 
-def test_an_engine_that_nothing_can_replace_is_not_ready(
-    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("server_asks", [True, False])
+def test_an_engine_that_nothing_can_replace(
+    repository: Path, prepared: list[Tensors], server_asks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(repository, "beam_search")
 
     def fail(*_: Any) -> Any:
         raise MemoryError("no room")
 
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(Engine, "step", fail)
-    model.new_engine = fail
     monkeypatch.setattr("threading.excepthook", lambda _: None)
+    model.new_engine = fail
+    if server_asks:
+        assert model.is_ready()
     (told,) = run(model, [search_request(prepared[0])])
     model.thread.join(HANGS)
+    assert exits == ([] if server_asks else [1])
     assert not model.is_ready()
     (refused,) = run(model, [search_request(prepared[0])])
     for response in (told, refused):
         assert code_and_message(response) == ("UNAVAILABLE", "the engine has failed")
+    assert "E there can be no other engine: MemoryError('no room')" in fake_triton.Logger.lines
+
+
+def test_metrics_that_cannot_be_reported_stop_nothing(repository: Path, prepared: list[Tensors]) -> None:
+    model = load_model(repository, "beam_search")
+
+    def fail(_: Any) -> None:
+        raise fake_triton.TritonModelException("gone")
+
+    model.metrics.report = fail
+    for response in run(model, [search_request(prepared[0]), search_request(prepared[1])]):
+        assert response.error() is None
 
 
 def test_finalize_tells_those_left_in_the_engine(repository: Path, prepared: list[Tensors]) -> None:
