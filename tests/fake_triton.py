@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Event, Lock, Thread
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from google.protobuf import json_format, text_format
@@ -169,7 +169,7 @@ class MetricFamily:
 
 
 class Logger:
-    lines: list[str] = []  # noqa: RUF012
+    lines: ClassVar[list[str]] = []
 
     @classmethod
     def log_error(cls, message: str) -> None:

@@ -104,9 +104,9 @@ def transformers_answers(server: TritonServer, questions: Sequence[Question]) ->
     return answers
 
 
-def figures(server: TritonServer) -> dict[str, float]:
-    """florence2_* of the metrics endpoint, of version 1 of beam_search."""
-    with urllib.request.urlopen(server.metrics_url, timeout=HANGS) as response:
+def figures(metrics_url: str) -> dict[str, float]:
+    """florence2_* of version 1 of beam_search."""
+    with urllib.request.urlopen(metrics_url, timeout=HANGS) as response:
         text = response.read().decode()
     labels = r'\{model="beam_search",version="1"\}'
     return {name: float(value) for name, value in re.findall(rf"^(florence2_\w+){labels} (\S+)$", text, re.MULTILINE)}

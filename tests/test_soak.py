@@ -138,6 +138,6 @@ def test_answers_stay_the_same_and_memory_flat(server: TritonServer) -> None:
     print(json.dumps({**counted, "megabytes after each round": [round(size) for size in sizes]}))
     assert counted.total() == REQUESTS * ROUNDS
     assert len(counted) == 5
-    wait_until(lambda: figures(server)["florence2_rows_used"] == 0)
+    wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 0)
     # The first round fills caches and arenas; from then on nothing may grow.
     assert sizes[-1] < 1.05 * sizes[1]
