@@ -164,7 +164,7 @@ def scale(bench: Bench) -> str:
     rows = Table("in flight", "pictures per second", "p50, s", "p95, s")
     rates, tails = [], []
     for level in LEVELS:
-        work = [partial(bench.ask, bench.pictures.take()) for _ in range(max(12, level + level // 2))]
+        work = [partial(bench.ask, bench.pictures.take()) for _ in range(max(8, level))]
         started = time.perf_counter()
         latencies = in_flight(level, work)
         rates.append(len(work) / (time.perf_counter() - started))
