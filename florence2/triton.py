@@ -31,6 +31,13 @@ def parameters(args: Mapping[str, str]) -> dict[str, str]:
     return {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
 
 
+def at_least_one(given: Mapping[str, str], name: str) -> int:
+    """A parameter that counts something. Raises ValueError."""
+    if int(given[name]) < 1:
+        raise ValueError(f"{name} is {given[name]} in config.pbtxt; it must be 1 or more")
+    return int(given[name])
+
+
 def inputs(request: Any) -> dict[str, NDArray[Any]]:
     """The request's tensors by name, without the batch dimension, which is 1; optional ones that it leaves out are
     missing. Copies: a request's memory is the server's again when `execute` returns."""
@@ -70,6 +77,13 @@ class Responder:
         self._sender, self._request_id = request.get_response_sender(), request.request_id()
 
     def __call__(self, answer: Tensors | Exception) -> None:
+        try:
+            self._send(answer)
+        except Exception as error:
+            # No shared memory for the answer, perhaps; an error needs little. Unanswered, a request waits for ever.
+            self._send(error)
+
+    def _send(self, answer: Tensors | Exception) -> None:
         # Answer and end in one call: Triton's response cache takes nothing else.
         self._sender.send(response(answer, self._request_id), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -90,7 +104,8 @@ class Worker:
         """`given`: the model's parameters, of which max_waiting and timeout_seconds are read."""
         self._answer = answer
         self._timeout = float(given["timeout_seconds"])
-        self._waiting: Queue[tuple[dict[str, NDArray[Any]], Responder, float] | None] = Queue(int(given["max_waiting"]))
+        max_waiting = at_least_one(given, "max_waiting")
+        self._waiting: Queue[tuple[dict[str, NDArray[Any]], Responder, float] | None] = Queue(max_waiting)
         self._thread = Thread(target=self._run, name="worker", daemon=True)
         self._thread.start()
 
@@ -118,6 +133,8 @@ class Worker:
                 answer: Tensors | Exception = self._answer(tensors)
             except Exception as error:
                 answer = error
+            except BaseException as error:  # a panic of tokenizers, which is in Rust, is no Exception
+                answer = RuntimeError(repr(error))
             try:
                 responder(answer)
             except Exception as error:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ class Florence2Client:
         timeout: float = 300,
     ) -> None:
         """`url`: HOST:PORT of the endpoint for `protocol`, "grpc" or "http"; `timeout`: seconds per request."""
-        if not 0 < timeout < math.inf:
+        if not 1e-6 <= timeout <= 1e9:  # whole microseconds, in 64 bits
             raise ValueError(f"a timeout is seconds, finite and more than 0, not {timeout}")
         self._triton = _protocol(protocol)
         self._protocol = protocol

@@ -1,6 +1,7 @@
 """Start Triton on a model repository, wait until it is ready, and run until stopped."""
 
 import argparse
+import http.client
 import ipaddress
 import json
 import os
@@ -72,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
         raise ServerError(f"the server stopped by itself with code {code}; its log ends:\n{server.log_tail()}")
     except KeyboardInterrupt:
         _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
-        if args.response_cache:
-            _say(_hits(server))
         try:
+            if args.response_cache:
+                _say(_hits(server))
             server.stop()
         except KeyboardInterrupt:
             return 128 + signal.SIGINT
@@ -120,8 +121,8 @@ def _hits(server: "TritonServer") -> str:
     try:
         with urllib.request.urlopen(f"{server.http_url}/v2/models/stats", timeout=5) as response:
             models = json.load(response)["model_stats"]
-    except OSError:
-        return "the response cache's figures can't be read: the server has stopped"
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        return f"the response cache's figures can't be read: {error}"
     lines = []
     for name in (ENSEMBLE, "vision_encoder"):
         found = [model["inference_stats"] for model in models if model["name"] == name]

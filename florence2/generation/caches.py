@@ -85,13 +85,14 @@ class Rows:
     """
 
     def __init__(self, rows: int, columns: int) -> None:
-        self._entries = np.full((rows, columns), -1)
-        self._written = 0
+        # 0 is nothing known; zeros take no memory until they are written.
+        self._entries = np.zeros((rows, columns), np.int64)
+        self._written = 1
 
     def keep(self, rows: Ids, columns: int) -> None:
         """The cache was copied to new memory: only these rows came along, as the first ones, and so many columns."""
         kept = self._entries[rows, :columns]
-        self._entries.fill(-1)
+        self._entries = np.zeros_like(self._entries)
         self._entries[: len(rows), :columns] = kept
 
     def place(self, parents: Ids, lengths: Ids) -> tuple[Ids, Ids, Ids]:
@@ -116,7 +117,7 @@ class Rows:
         moved_from = _entries_of((parent, columns) for parent, _, columns in moves)
         moved_to = _entries_of((row, columns) for _, row, columns in moves)
         self._entries[tuple(moved_to.T)] = self._entries[tuple(moved_from.T)]
-        self._entries[count:, 0] = -1
+        self._entries[count:, 0] = 0
         self._entries[rows, lengths] = np.arange(self._written, self._written + count)
         self._written += count
         return rows, moved_from, moved_to

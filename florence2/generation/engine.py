@@ -31,7 +31,7 @@ class Runner(Protocol):
         """Make these ready to be decoded, together."""
 
     def decode(self, requests: Sequence[Request]) -> list[Candidates]:
-        """One step of all of them -> per request candidate ids and log-probabilities [num_beams, C], best first."""
+        """One step of all that run -> per request candidate ids and log-probabilities [num_beams, C], best first."""
 
     def release(self, request: Request) -> None:
         """It won't be decoded any more, or never was ready to be."""
@@ -105,16 +105,21 @@ class Engine:
     def _admit(self) -> list[Request]:
         with self._changed:
             admitted = self.scheduler.admit()
-        self._drop_cancelled(admitted)
-        return [request for request in admitted if request in self.scheduler.running]
+        return self._drop_cancelled(admitted)
 
-    def _drop_cancelled(self, requests: list[Request]) -> None:
+    def _drop_cancelled(self, requests: list[Request]) -> list[Request]:
+        """The others."""
+        kept = []
         for request in requests:
             try:
-                if request.is_cancelled():
-                    raise Cancelled("the request was cancelled")
+                reason = Cancelled("the request was cancelled") if request.is_cancelled() else None
             except Exception as error:
-                self._fail([request], error)
+                reason = error
+            if reason:
+                self._retire(request, reason)
+            else:
+                kept.append(request)
+        return kept
 
     def _encode(self, admitted: list[Request]) -> None:
         if not admitted:
@@ -187,7 +192,7 @@ class Engine:
                 self.scheduler.waiting.clear()
             # The runner, which may be what has failed, is left as it is.
             for request in left:
-                self._deliver(request, Unavailable(self._closed or reason))
+                self._deliver(request, Unavailable(str(self._closed)))
 
     def _wait(self) -> bool:
         with self._changed:

@@ -38,12 +38,14 @@ class GraphRunner:
         self._encoder = session(folder / "encoder.onnx", providers, threads)
         self._decoder = session(folder / "decoder.onnx", providers, threads)
         self._encoding, self._decoding = self._encoder.io_binding(), self._decoder.io_binding()
+        if "beam_rows" not in (found.name for found in self._decoder.get_inputs()):
+            raise ValueError(f"{folder} holds graphs of an earlier version: export the checkpoint again and release it")
         device = DEVICES[self._decoder.get_providers()[0]]
         # What a GPU has left only the allocation itself tells.
-        if device == "cpu" and caches.bytes > available_bytes():
+        if device == "cpu" and caches.bytes > (available := available_bytes()):
             raise ValueError(
-                f"{caches} don't fit: {available_bytes() / 1e6:.0f} MB are free beside the graphs; lower rows or "
-                "cache_length of beam_search"
+                f"{caches} don't fit: {available / 1e6:.0f} MB are free beside the graphs; lower rows or cache_length "
+                "of beam_search"
             )
         self._past = self._allocate("decoder", caches.decoder_entries, device)
         self._cross = self._allocate("encoder", caches.encoder_entries, device)

@@ -26,7 +26,7 @@ class Scheduler:
             raise InvalidRequest(
                 f"{request.num_beams} beams of up to {request.settings.max_length} tokens over "
                 f"{request.encoder_length} tokens of picture and prompt don't fit into this server's caches: ask for "
-                "fewer num_beams or max_new_tokens, or raise rows or cache_length of beam_search"
+                "fewer num_beams or max_new_tokens, or a shorter prompt, or raise rows or cache_length of beam_search"
             )
         if len(self.waiting) >= self.max_waiting:
             raise Unavailable(f"{self.max_waiting} requests are waiting already; try again later")

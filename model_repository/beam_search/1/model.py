@@ -13,7 +13,7 @@ from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, read_json
-from florence2.triton import Metrics, Responder, deadline, inputs, parameters, version_folder
+from florence2.triton import Metrics, Responder, at_least_one, deadline, inputs, parameters, version_folder
 
 OVERRIDES = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "length_penalty", "early_stopping")
 
@@ -25,9 +25,13 @@ class TritonPythonModel:
         positions = self.sizes.max_position_embeddings
         self.settings = GenerationSettings.from_config(read_json(folder / "generation_config.json"), positions)
         self.timeout = float(given["timeout_seconds"])
-        caches = CacheSizes.of(self.sizes, rows=int(given["rows"]), length=int(given["cache_length"]))
+        rows, length = at_least_one(given, "rows"), at_least_one(given, "cache_length")
+        if rows < self.settings.num_beams:
+            raise ValueError(f"rows is {rows} in config.pbtxt; the checkpoint's num_beams is {self.settings.num_beams}")
+        caches = CacheSizes.of(self.sizes, rows, length)
         pb_utils.Logger.log_info(f"{args['model_name']} {args['model_version']}: {caches}")
-        threads, limits = int(given["threads"]), (int(given["max_waiting"]), int(given["encoder_batch"]))
+        limits = [at_least_one(given, name) for name in ("max_waiting", "encoder_batch")]
+        threads = int(given["threads"])
         self.new_engine = lambda: Engine(GraphRunner(folder, caches, threads=threads), Scheduler(caches, *limits))
         self.engine = self.new_engine()
         self.metrics = Metrics(args, COUNTERS, GAUGES)
@@ -63,10 +67,13 @@ class TritonPythonModel:
         while not self.stopping:
             try:
                 self.engine.run(after_step=self.report)
-            except Exception as error:
+            except BaseException as error:
                 pb_utils.Logger.log_error(f"the engine has failed, another takes its place: {error!r}")
             if not self.stopping:
                 self.replace_engine()
+        # Whoever came while the last engine was made is told too.
+        self.engine.close()
+        self.engine.run()
 
     def replace_engine(self):
         """Not left to Triton, which (24.10) starts no process again that has ended, and calls its model ready."""
