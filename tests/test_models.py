@@ -288,6 +288,28 @@ def test_finalize_answers_those_that_wait(repository: Path, name: str) -> None:
     assert [one.answer().error() for one in requests] == [None] * 3
 
 
+def test_a_worker_survives_a_panic() -> None:
+    """Of the tokenizers library, in Rust: no Exception."""
+    fake_triton.install()
+    from florence2.triton import Worker
+
+    class Panic(BaseException):
+        pass
+
+    def answer(inputs: Tensors) -> Tensors:
+        if inputs["number"][0] == 1:
+            raise Panic("unwrap on None")
+        return inputs
+
+    worker = Worker(answer, {"max_waiting": "2", "timeout_seconds": "60"})
+    requests = [Request(number=np.array([number])) for number in (1, 2)]
+    for one in requests:
+        worker.submit(one)
+    worker.stop()
+    assert code_and_message(requests[0].answer()) == ("INTERNAL", "RuntimeError: Panic('unwrap on None')")
+    assert requests[1].answer().tensors()["number"].tolist() == [[2]]
+
+
 @pytest.mark.parametrize(("asked", "given"), [(0, 300), (2_000_000, 2), (500_000_000, 300)])
 def test_a_request_may_ask_for_less_time_not_for_more(asked: int, given: float, monkeypatch: Any) -> None:
     fake_triton.install()
