@@ -1,6 +1,5 @@
 """Image features and prompt token ids -> the answer's tokens, all requests sharing every step."""
 
-import os
 from threading import Thread
 
 import numpy as np
@@ -36,7 +35,7 @@ class TritonPythonModel:
         self.engine = self.new_engine()
         self.metrics = Metrics(args, COUNTERS, GAUGES)
         self.metrics.report(self.engine.figures())
-        self.stopping = self.asked_if_ready = False
+        self.stopping = False
         self.thread = Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -76,16 +75,14 @@ class TritonPythonModel:
         self.engine.run()
 
     def replace_engine(self):
-        """Not left to Triton, which (24.10) starts no process again that has ended, and calls its model ready."""
+        """In this process: Triton (24.10) never starts one again that has ended, and goes on calling its model ready.
+        If there can be no other engine, requests are told at once, and `is_ready` is false."""
         counters = self.engine.counters
         del self.engine.runner  # the next one needs the memory
         try:
             self.engine = self.new_engine()
         except Exception as error:
             pb_utils.Logger.log_error(f"there can be no other engine: {error!r}")
-            # Where the server knows is_ready, it turns false with this thread's end; elsewhere the process goes.
-            if not self.asked_if_ready:
-                os._exit(1)
             raise
         self.engine.counters = counters
 
@@ -98,7 +95,6 @@ class TritonPythonModel:
             pb_utils.Logger.log_error(f"metrics could not be reported: {error!r}")
 
     def is_ready(self):
-        self.asked_if_ready = True
         return self.thread.is_alive()
 
     def finalize(self):
