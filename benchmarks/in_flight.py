@@ -29,7 +29,7 @@ from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
 
 IN_FLIGHT = 8
-SHORT, LONG, SHORT_SHARE = 15, 150, 0.7
+SHORT, LONG, SHORT_SHARE, MIXED = 15, 150, 0.7, 80
 TASKS = (
     *("<OD>", "<CAPTION>", "<DETAILED_CAPTION>", "<MORE_DETAILED_CAPTION>"),
     *("<OCR>", "<OCR_WITH_REGION>", "<DENSE_REGION_CAPTION>", "<REGION_PROPOSAL>"),
@@ -98,13 +98,13 @@ def mixed(bench: Bench) -> str:
     choose = random.Random(0)
     found: dict[str, list[tuple[float, float]]] = {}
     for _ in range(bench.rounds):
-        lengths = [SHORT if choose.random() < SHORT_SHARE else LONG for _ in range(10 * IN_FLIGHT)]
+        short = round(SHORT_SHARE * MIXED)
+        lengths = [SHORT] * short + [LONG] * (MIXED - short)
+        choose.shuffle(lengths)
         for name, run in (("in flight, Triton", mixed_in_flight), *whole_batches(bench)):
-            started = time.perf_counter()
-            latencies = run(bench, lengths)
-            rate = len(lengths) / (time.perf_counter() - started)
-            short = [latency for latency, length in zip(latencies, lengths, strict=True) if length == SHORT]
-            found.setdefault(name, []).append((rate, median(short)))
+            rate, latencies = run(bench, lengths)
+            of_short = [latency for latency, length in zip(latencies, lengths, strict=True) if length == SHORT]
+            found.setdefault(name, []).append((rate, median(of_short)))
     rows = Table("mixed load", "requests per second", "p50 of the short ones, s")
     medians = {name: tuple(map(median, zip(*figures, strict=True))) for name, figures in found.items()}
     for name, (rate, short) in medians.items():
@@ -118,17 +118,26 @@ def mixed(bench: Bench) -> str:
     )
 
 
-def mixed_in_flight(bench: Bench, lengths: Sequence[int]) -> list[float]:
-    return in_flight(IN_FLIGHT, [partial(bench.ask_features, seed, length) for seed, length in enumerate(lengths)])
+def mixed_in_flight(bench: Bench, lengths: Sequence[int]) -> tuple[float, list[float]]:
+    """Requests per second while there are `IN_FLIGHT`: until the last one is sent, when all but those are answered; and
+    seconds of each."""
+    sent: list[float] = []
+
+    def ask(seed: int) -> None:
+        sent.append(time.perf_counter())
+        bench.ask_features(seed, lengths[seed])
+
+    latencies = in_flight(IN_FLIGHT, [partial(ask, seed) for seed in range(len(lengths))])
+    return (len(lengths) - IN_FLIGHT) / (max(sent) - min(sent)), latencies
 
 
-def whole_batches(bench: Bench) -> Iterator[tuple[str, Callable[[Bench, Sequence[int]], list[float]]]]:
+def whole_batches(bench: Bench) -> Iterator[tuple[str, Callable[[Bench, Sequence[int]], tuple[float, list[float]]]]]:
     """As everyone who batches `generate` does: the batch takes as long as its slowest member, all rows to the end; and
     what it would be if finished requests left it."""
     caches = CacheSizes.of(bench.sizes, rows=IN_FLIGHT * NUM_BEAMS)
     runner = GraphRunner(bench.export, caches)
 
-    def run(leave: bool, bench: Bench, lengths: Sequence[int]) -> list[float]:
+    def run(leave: bool, bench: Bench, lengths: Sequence[int]) -> tuple[float, list[float]]:
         latencies: list[float] = []
         for first in range(0, len(lengths), IN_FLIGHT):
             batch = lengths[first : first + IN_FLIGHT]
@@ -138,7 +147,7 @@ def whole_batches(bench: Bench) -> Iterator[tuple[str, Callable[[Bench, Sequence
                 settings = bench.settings.override(num_beams=NUM_BEAMS, max_new_tokens=tokens)
                 engine.submit(Request(bench.features(seed), PROMPT_IDS, settings, respond=lambda _: None))
             latencies += [timed(engine.finish)] * len(batch)
-        return latencies
+        return len(lengths) / sum(latencies[::IN_FLIGHT]), latencies
 
     yield "whole batches", partial(run, False)
     yield "whole batches that finished requests leave", partial(run, True)

@@ -19,7 +19,6 @@ from statistics import median
 
 import numpy as np
 import torch
-import tritonclient.grpc as triton
 from florence2_client import Florence2Client
 from florence2_release.install import install
 from florence2_release.server import TritonServer
@@ -30,7 +29,6 @@ from transformers import Florence2ForConditionalGeneration, Florence2Processor
 HERE = Path(__file__).resolve().parent
 TASK = "<DENSE_REGION_CAPTION>"
 NUM_BEAMS, NEW_TOKENS = 3, 100
-MODELS = ("preprocess", "vision_encoder", "beam_search", "postprocess")
 
 SEEDS = count()
 
@@ -72,16 +70,6 @@ def timed(ask: Ask, file: bytes) -> tuple[float, list[int]]:
     return time.perf_counter() - started, ids
 
 
-def seconds_by_model(server: TritonServer) -> dict[str, float]:
-    """Time in each model's `execute` since the server started."""
-    statistics = triton.InferenceServerClient(server.grpc_url).get_inference_statistics(as_json=True)
-    return {
-        model["name"]: int(model["inference_stats"]["compute_infer"].get("ns", 0)) / 1e9
-        for model in statistics["model_stats"]
-        if model["name"] in MODELS
-    }
-
-
 def compare(ours: Ask, theirs: Ask, pairs: int) -> tuple[list[float], list[float]]:
     """Seconds of each request, ours and theirs in turns. Stops if the token ids differ."""
     times: tuple[list[float], list[float]] = ([], [])
@@ -106,26 +94,20 @@ def prepare(work: Path) -> tuple[Path, Path]:
     return checkpoint, export
 
 
-def measure(checkpoint: Path, repository: Path, pairs: int) -> tuple[list[float], list[float], dict[str, float]]:
-    """Seconds of each request, ours and theirs, and what our models took of ours on average."""
+def measure(checkpoint: Path, repository: Path, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of each request, ours and theirs."""
     with TritonServer(repository) as server:
         server.wait_ready()
         ours, theirs = triton_side(server), transformers_side(checkpoint)
         compare(ours, theirs, 1)
-        before = seconds_by_model(server)
-        our_times, their_times = compare(ours, theirs, pairs)
-        after = seconds_by_model(server)
-    return our_times, their_times, {name: (after[name] - before[name]) / pairs for name in MODELS}
+        return compare(ours, theirs, pairs)
 
 
-def tables(ours: list[float], theirs: list[float], by_model: dict[str, float]) -> str:
+def table(ours: list[float], theirs: list[float]) -> str:
     rows = Table("one request, seconds", "median", "min", "max")
     for name, times in (("Triton", ours), ("transformers", theirs)):
         rows.add(name, *(f"{figure(times):.2f}" for figure in (median, min, max)))
-    split = Table("of Triton's", "seconds")
-    for name, seconds in by_model.items():
-        split.add(name, f"{seconds:.3f}")
-    return f"{rows}\ntransformers / Triton: {median(theirs) / median(ours):.2f}\n\n{split}"
+    return f"{rows}\ntransformers / Triton: {median(theirs) / median(ours):.2f}\n"
 
 
 def main() -> None:
@@ -139,8 +121,8 @@ def main() -> None:
     # In the same file system the weights are linked, not copied.
     with tempfile.TemporaryDirectory(dir=arguments.work) as repository:
         install(export, Path(repository))
-        our_times, their_times, by_model = measure(checkpoint, Path(repository), arguments.pairs)
-    found = tables(our_times, their_times, by_model)
+        our_times, their_times = measure(checkpoint, Path(repository), arguments.pairs)
+    found = table(our_times, their_times)
     print(found)
     (HERE / "one_request.md").write_text(
         "# One request\n\n"
