@@ -111,6 +111,7 @@ class Engine:
         """The others."""
         kept = []
         for request in requests:
+            reason: Exception | None
             try:
                 reason = Cancelled("the request was cancelled") if request.is_cancelled() else None
             except Exception as error:
