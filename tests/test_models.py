@@ -614,19 +614,28 @@ def test_finalize_tells_those_left_in_the_engine(repository: Path, prepared: lis
         assert code_and_message(one.answer()) == ("UNAVAILABLE", "the server is stopping")
 
 
-def test_an_answer_nobody_takes_hurts_nobody_else(repository: Path, prepared: list[Tensors]) -> None:
-    """A sender whose client has gone raises."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_answer_that_cannot_be_sent_is_tried_as_an_error_and_hurts_nobody_else(
+    repository: Path, prepared: list[Tensors], times: int
+) -> None:
+    """Shared memory may have no room for the answer; when the client has gone, sending anything raises."""
     model = load_model(repository, "beam_search")
-    gone, other = (search_request(prepared[0]) for _ in range(2))
+    hindered, other = (search_request(prepared[0]) for _ in range(2))
+    sender = hindered.get_response_sender()
+    send, tried = sender.send, []
 
     def refuse(response: Any, flags: int) -> None:
-        gone.get_response_sender().sent.append((response, flags))
-        raise fake_triton.TritonModelException("gone")
+        tried.append(response.error())
+        if len(tried) == 2:
+            send(response, flags)
+        if len(tried) <= times:
+            raise fake_triton.TritonModelException("no room")
 
-    gone.get_response_sender().send = refuse
-    assert model.execute([gone, other]) is None
+    sender.send = refuse
+    assert model.execute([hindered, other]) is None
     assert other.answer().error() is None
-    assert len(gone.get_response_sender().sent) == 1
+    assert code_and_message(hindered.answer()) == ("INTERNAL", "TritonModelException: no room")
+    assert [error is None for error in tried] == [True, False]
 
 
 def test_scheduler_limits_come_from_the_config(repository: Path) -> None:
