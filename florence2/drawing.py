@@ -12,7 +12,7 @@ _COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#
 def draw(image: Image.Image, answer: dict[str, Any]) -> Image.Image:
     """A copy of the upright RGB picture with the boxes, quads and polygons of `{task: value}`, labels and scores.
 
-    Texts have nothing to draw: the copy is then the picture."""
+    A score of None draws no number. Texts have nothing to draw: the copy is then the picture."""
     picture = image.convert("RGB")
     for value in answer.values():
         if isinstance(value, dict):
@@ -32,7 +32,7 @@ class _Canvas:
         for instance in instances(value):
             self._instance(*instance)
 
-    def _instance(self, kind: str, shape: list[Any], label: str, score: float) -> None:
+    def _instance(self, kind: str, shape: list[Any], label: str, score: float | None) -> None:
         colour = self.colours.setdefault(label, _COLOURS[len(self.colours) % len(_COLOURS)])
         outlines = shape if kind == "polygons" else [_corners(shape) if kind == "bboxes" else shape]
         # A polygon of one coordinate has no point.
@@ -45,8 +45,9 @@ class _Canvas:
             if kind == "polygons" and len(points) > 2:
                 self.pen.polygon(points, fill=colour + "40")
             self.pen.line([*points, points[0]], fill=colour, width=width, joint="curve")
-        text = " ".join(f"{label} {score:.2f}".split())
-        self._tag(min(outlines[0][0::2]), min(outlines[0][1::2]), text, colour)
+        text = " ".join(f"{label} {'' if score is None else f'{score:.2f}'}".split())
+        if text:
+            self._tag(min(outlines[0][0::2]), min(outlines[0][1::2]), text, colour)
 
     def _tag(self, x: float, y: float, text: str, colour: str) -> None:
         left, top, right, bottom = self.pen.textbbox((x, y), text, font=self.font, anchor="lb")

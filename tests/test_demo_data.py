@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from florence2_training.demo import figures, model, tokenizer, words
+from florence2_training.demo import model, tokenizer, words
 from florence2_training.demo.examples import EXAMPLES
-from florence2_training.demo.gallery import Truth
+from florence2_training.demo.gallery import Gallery, Truth, draw_gallery, open_gallery
 from florence2_training.demo.lessons import TASK_SHARES, Lessons
 from florence2_training.demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, KINDS, TRAINING, Picture, draw
-from florence2_training.demo.samples import TASKS_OF, Sample, answer, prompt_text
-from florence2_training.demo.stage import Share, Stage, batch_at
+from florence2_training.demo.samples import TASKS_OF, Sample, answer
+from florence2_training.demo.stamps import STAMP, draw_stamped, write_all
 from florence2_training.demo.things import Thing, overlap
 from florence2_training.demo.tower import CLASSES, under_tokens
-from florence2_training.demo.train import Recipe, train
+from florence2_training.demo.train import Recipe, Stage, train
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -146,7 +146,6 @@ def test_grounding_may_ask_for_one_phrase():
     sample = asked("<CAPTION_TO_PHRASE_GROUNDING>", "scene", CIRCLES, SIZE, chosen=1)
     assert sample.prompt == "<CAPTION_TO_PHRASE_GROUNDING>an orange star"
     assert sample.target == "an orange star<loc_500><loc_500><loc_999><loc_999>"
-    assert prompt_text(sample.prompt) == "Locate the phrases in the caption: an orange star"
 
 
 def test_a_page_with_nothing_has_an_empty_answer():
@@ -171,13 +170,14 @@ def test_the_shares_of_the_tasks_are_whole():
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_target_repeats_a_trigram_and_every_target_survives_the_tokenizer(kind):
     truths = [Truth(picture.kind, picture.image.size, picture.things) for picture in drawn(kind)]
-    lessons = Lessons(VOCABULARY, truths, seed=0)
+    lessons = Lessons(VOCABULARY, Gallery(Path(), truths), seed=0)
     for index in range(len(truths)):
-        for step in range(10):
-            prompt, target = lessons.lesson(index, step)
+        for visit in range(10):
+            lesson = lessons.lesson(index, visit)
+            target = VOCABULARY(lesson.target).input_ids
             assert not tokenizer.repeats_a_trigram(target)
-            assert VOCABULARY.unk_token_id not in prompt + target
-            assert (target[0], target[-1]) == (VOCABULARY.bos_token_id, VOCABULARY.eos_token_id)
+            assert VOCABULARY.unk_token_id not in target
+            assert lesson.task in TASKS_OF[kind]
         for task in TASKS_OF[kind]:
             sample = answer(task, kind, truths[index].things, truths[index].size)
             if sample:
@@ -190,9 +190,22 @@ def test_a_word_that_repeats_a_trigram_is_never_asked_for():
     assert not any(tokenizer.repeats_a_trigram(VOCABULARY(word).input_ids) for word in words.WORDS)
     box = (10, 10, 50, 40)
     truth = Truth("word", SIZE, (Thing("word", box, "red", "BANANA", (box,) * 6),))
-    lessons = Lessons(VOCABULARY, [truth], seed=0)
-    targets = [VOCABULARY.decode(lessons.lesson(0, step)[1]) for step in range(20)]
-    assert not any("BANANA" in target for target in targets)
+    lessons = Lessons(VOCABULARY, Gallery(Path(), [truth]), seed=0)
+    assert not any("BANANA" in lessons.lesson(0, visit).target for visit in range(20))
+
+
+def test_lessons_walk_through_all_pictures_and_ask_anew(tmp_path):
+    draw_gallery(tmp_path, 6, seed=1, processes=1)
+    gallery = open_gallery(tmp_path)
+    lessons = Lessons(VOCABULARY, gallery, seed=0)
+    lessons.write(tmp_path / "lessons.jsonl", [4, 1, 5], 30)
+    lines = [json.loads(line) for line in (tmp_path / "lessons.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in lines] == gallery.files([4, 1, 5]) * 10
+    assert len({line["prefix"] for line in lines[::3]}) > 1
+    with Image.open(lines[0]["image"]) as image:
+        assert image.size == (model.SIDE, model.SIDE)
+    picture = draw("scene", 1, TRAINING, 4)
+    assert gallery.truths[4] == Truth("scene", picture.image.size, picture.things)
 
 
 def test_the_words_of_the_demo_are_single_tokens_and_capitals_stay_letters():
@@ -225,51 +238,31 @@ def test_tokens_know_what_lies_under_them():
     assert boxes[3 * 12 + 2] == pytest.approx([1 / 6, 1 / 4, 5 / 12, 5 / 12])
 
 
-def test_processes_share_every_batch_and_every_epoch_meets_each_picture_once():
-    batches = [batch_at(step, 8, 20, seed=0) for step in range(5)]
-    assert sorted(place for batch in batches for place in batch) == sorted(list(range(20)) * 2)
-    assert sorted([*Share(0, 2).of(batches[0]), *Share(1, 2).of(batches[0])]) == sorted(batches[0])
-
-
-def test_the_rate_rises_and_falls():
-    stage = Stage("text", steps=100, batch=1, rate=1.0, warm_up=10, decay=0.5)
-    assert stage.rate_at(0) == pytest.approx(0.1)
-    assert stage.rate_at(30) == 1.0
-    assert stage.rate_at(99) < 0.01
-
-
-def test_average_precision_is_that_of_a_perfect_and_of_a_blind_answer():
-    from florence2_training.demo.answers import Answer
-
-    pictures = drawn("scene", count=5)
-    perfect = [
-        Answer(
-            {
-                "labels": [thing.noun for thing in picture.things],
-                "bboxes": [thing.box for thing in picture.things],
-            },
-            [0.9] * len(picture.things),
-        )
-        for picture in pictures
-    ]
-    blind = [Answer({"labels": [], "bboxes": []}, [])] * 5
-    assert figures.average_precision(perfect, pictures) == pytest.approx(1)
-    assert figures.average_precision(blind, pictures) == 0
-
-
-def test_edits_are_counted():
-    assert figures.edit_distance("STOP", "STOP") == 0
-    assert figures.edit_distance("SHOP", "STOP") == 1
-    assert figures.edit_distance("", "STOP") == 4
-    assert figures.edit_distance("TOPS", "STOP") == 2
+def test_stamps_are_written_where_they_are(tmp_path):
+    stamped = [draw_stamped(5, HELD_OUT, index) for index in range(30)]
+    seen = 0
+    for index, picture in enumerate(stamped):
+        plain = draw("page", 5, HELD_OUT, index)
+        stamps = [thing for thing in picture.things if thing.noun == STAMP]
+        assert [thing for thing in picture.things if thing.noun != STAMP] == list(plain.things)
+        assert all(overlap(stamp.box, thing.box) < 0.05 for stamp in stamps for thing in plain.things)
+        differs = Image.fromarray((np.asarray(picture.image) != np.asarray(plain.image)).any(axis=2))
+        for stamp in stamps:
+            # All that was drawn lies inside, up to the box's edges.
+            own = Image.new("1", differs.size)
+            own.paste(differs.crop(tuple(map(int, stamp.box))), tuple(map(int, stamp.box[:2])))
+            assert own.getbbox() == pytest.approx(stamp.box, abs=2)
+            seen += 1
+    assert seen > 15
+    counts = {path.name: count for path, count in write_all(tmp_path, 0.01)}
+    assert counts["train.jsonl"] == 15
+    first = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
+    assert (tmp_path / first["images"][0]).is_file()
 
 
 @pytest.fixture(scope="module")
 def small_recipe() -> Recipe:
-    def short(name: str) -> Stage:
-        return Stage(name, steps=4, batch=4, rate=1e-3)
-
-    return Recipe(1, 16, 8, short("tower"), short("text"), short("scenes"), processes=1)
+    return Recipe(1, 16, 8, Stage(4, 0.2, 4), Stage(4, 0, 4), Stage(4, 0.33, 4), processes=1)
 
 
 def weights(recipe: Recipe, folder: Path) -> dict[str, torch.Tensor]:

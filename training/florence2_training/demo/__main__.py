@@ -34,6 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     pictures = commands.add_parser("pictures", help="write example pictures and truth.json")
     pictures.add_argument("folder", type=Path)
     pictures.set_defaults(run=_pictures)
+    stamps = commands.add_parser("stamps", help="draw a task that the checkpoint does not know, in ms-swift's format")
+    stamps.add_argument("folder", type=Path)
+    stamps.add_argument("--scale", type=float, default=1, help="times as many samples (default: %(default)s)")
+    stamps.set_defaults(run=_stamps)
     return parser
 
 
@@ -63,6 +67,14 @@ def _pictures(arguments: argparse.Namespace) -> int:
 
     for path in write_examples(arguments.folder):
         print(path)
+    return 0
+
+
+def _stamps(arguments: argparse.Namespace) -> int:
+    from florence2_training.demo.stamps import write_all
+
+    for path, count in write_all(arguments.folder, arguments.scale):
+        print(f"{path}: {count} lines")
     return 0
 
 

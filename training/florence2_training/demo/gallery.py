@@ -1,14 +1,12 @@
-"""The training's pictures, drawn once and kept in a folder: pixels at the model's side, and the truths."""
+"""The training's pictures, drawn once and kept in a folder: picture files at the model's side, and the truths."""
 
-import pickle
+import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,7 +17,6 @@ from florence2_training.demo.things import Thing
 
 # Half are words: reading is what takes the vision tower longest to learn.
 PATTERN = ("scene", "word", "page", "word")
-_MEAN, _STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def kind_of(index: int) -> str:
@@ -35,36 +32,44 @@ class Truth:
 
 @dataclass(frozen=True)
 class Gallery:
-    pixels: np.ndarray
-    """[N, SIDE, SIDE, 3] uint8"""
+    folder: Path
     truths: list[Truth]
 
-    def normalised(self, indices: Sequence[int]) -> torch.Tensor:
-        """[B, 3, SIDE, SIDE], as the image processor gives it."""
-        pixels = (self.pixels[indices] / np.float32(255) - _MEAN) / _STD
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    def file(self, index: int) -> str:
+        return str(_file(self.folder, index))
+
+    def files(self, indices: Sequence[int]) -> list[str]:
+        return [self.file(index) for index in indices]
 
 
 def draw_gallery(folder: Path, count: int, seed: int, processes: int) -> None:
-    if (folder / "truths.pkl").exists():
+    if (folder / "truths.json").exists():
         return
-    pixels = np.lib.format.open_memmap(folder / "pixels.npy", mode="w+", dtype=np.uint8, shape=(count, SIDE, SIDE, 3))
-    truths = []
     with ProcessPoolExecutor(processes) as pool:
-        drawn = pool.map(partial(_draw_one, seed), range(count), chunksize=64)
-        for index, (array, truth) in enumerate(tqdm(drawn, "pictures", count)):
-            pixels[index] = array
-            truths.append(truth)
-    pixels.flush()
-    (folder / "truths.pkl").write_bytes(pickle.dumps(truths))
+        drawn = pool.map(partial(_draw_one, folder, seed), range(count), chunksize=64)
+        truths = [asdict(truth) for truth in tqdm(drawn, "pictures", count, disable=None)]
+    (folder / "truths.new").write_text(json.dumps(truths))
+    (folder / "truths.new").replace(folder / "truths.json")
 
 
 def open_gallery(folder: Path) -> Gallery:
-    truths = pickle.loads((folder / "truths.pkl").read_bytes())
-    return Gallery(np.load(folder / "pixels.npy", mmap_mode="r"), truths)
+    truths = []
+    for truth in json.loads((folder / "truths.json").read_text()):
+        things = tuple(
+            Thing(**{**thing, "box": tuple(thing["box"]), "letters": tuple(map(tuple, thing["letters"]))})
+            for thing in truth["things"]
+        )
+        truths.append(Truth(truth["kind"], tuple(truth["size"]), things))
+    return Gallery(folder, truths)
 
 
-def _draw_one(seed: int, index: int) -> tuple[np.ndarray, Truth]:
+def _draw_one(folder: Path, seed: int, index: int) -> Truth:
     picture = draw(kind_of(index), seed, TRAINING, index)
-    small = picture.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return np.asarray(small), Truth(picture.kind, picture.image.size, picture.things)
+    path = _file(folder, index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path, compress_level=1)
+    return Truth(picture.kind, picture.image.size, picture.things)
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / "pictures" / f"{index // 1000:03}" / f"{index:06}.png"

@@ -25,6 +25,7 @@ GRID = 12
 IMAGE_TOKENS = GRID * GRID + 1
 WIDTH = 128
 POSITIONS = 512
+ADAM_BETA2 = 0.98
 
 _OCR_PATTERN = "(.+?)" + r"<loc_(\d+)>" * 8
 
@@ -119,9 +120,10 @@ def _fourier(count: int, width: int) -> torch.Tensor:
     return 2**0.5 * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def save(model: Florence2ForConditionalGeneration, folder: Path) -> None:
-    """Native layout in half precision; `model` itself is rounded to what is saved."""
-    model.half().save_pretrained(folder)
+def save(model: Florence2ForConditionalGeneration, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Native layout; `model` itself is rounded to what is saved."""
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    model.save_pretrained(folder)
     model.float()
     (folder / "model.safetensors").chmod(0o644)
     processor().save_pretrained(folder)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from florence2.locations import Size, to_text
-from florence2.tasks import TASKS
 from florence2_training.demo.things import Thing
 from florence2_training.demo.words import counted, joined
 
@@ -37,12 +36,6 @@ class Sample:
     @property
     def prompt(self) -> str:
         return self.task + self.text
-
-
-def prompt_text(prompt: str) -> str:
-    """What the encoder reads for `<TASK>text`, as Florence2Processor builds it."""
-    task = TASKS[prompt[: prompt.index(">") + 1]]
-    return task.prompt.replace("{input}", prompt.removeprefix(task.token))
 
 
 def answer(task: str, kind: str, things: Sequence[Thing], size: Size, chosen: int = 0) -> Sample | None:

@@ -4,17 +4,22 @@ Trained from scratch through the decoder it learns nothing for a long time; here
 of its own. The head is thrown away.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.florence2 import Florence2VisionBackbone
 
-from florence2_training.demo.gallery import Truth
-from florence2_training.demo.model import GRID, WIDTH
+from florence2_training.demo.gallery import Gallery, Truth
+from florence2_training.demo.model import GRID, WIDTH, processor
 from florence2_training.demo.words import COLOURS, LETTERS, PAGE_OBJECTS, SHAPES
+from florence2_training.features import normalised
+from florence2_training.order import Batch
+from florence2_training.pictures import read_pixels
 
 CLASSES = ("", *SHAPES, *PAGE_OBJECTS, *LETTERS)
 _COLOURS = ("", *COLOURS)
@@ -30,24 +35,55 @@ class Tower(nn.Module):
         self.vision = vision
         self.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, sum(_PARTS)))
 
-    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The loss, summed over the batch: each picture counts the same, however much of it is covered."""
+        classes, colours, places, boxes = (batch[name] for name in ("classes", "colours", "places", "boxes"))
+        thing = (classes > 0).float()
+        weight = torch.where(classes > 0, 1.0, _BACKGROUND)
+        guessed = self.guess(batch["pixels"])
+        errors = weight * _entropy(guessed[0], classes)
+        errors = errors + thing * _entropy(guessed[1], colours) * 0.5
+        errors = errors + (places >= 0) * _entropy(guessed[2], places.clamp(min=0)) * 0.5
+        errors = errors + thing * 5 * (guessed[3] - boxes).abs().mean(-1)
+        return (errors.sum(1) / weight.sum(1)).sum() * (batch["weight"] > 0)
+
+    def guess(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """Per token: class, colour, place of the letter in its word, box in parts of the picture."""
         features = self.vision(pixels).last_hidden_state.flatten(2).transpose(1, 2)
         return list(self.head(features).split(_PARTS, dim=-1))
 
 
-def loss(tower: Tower, pixels: torch.Tensor, truths: Sequence[Truth]) -> torch.Tensor:
-    labels = [torch.from_numpy(np.stack(part)) for part in zip(*map(under_tokens, truths), strict=True)]
-    classes, colours, places, boxes = labels
-    thing = (classes > 0).float()
-    weight = torch.where(classes > 0, 1.0, _BACKGROUND)
-    guessed = tower(pixels)
-    errors = weight * _entropy(guessed[0], classes)
-    errors = errors + thing * _entropy(guessed[1], colours) * 0.5
-    errors = errors + (places >= 0) * _entropy(guessed[2], places.clamp(min=0)) * 0.5
-    errors = errors + thing * 5 * (guessed[3] - boxes).abs().mean(-1)
-    # Each picture counts the same, however much of it is covered.
-    return (errors.sum(1) / weight.sum(1)).mean()
+class Lookings:
+    """Pictures and what lies under their tokens, as batches."""
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.gallery = gallery
+        self.preprocessor = processor().image_processor.to_dict()
+
+    def __getitem__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        pixels = torch.from_numpy(read_pixels(self.gallery.files(batch.samples), self.preprocessor))
+        truths = [under_tokens(self.gallery.truths[index]) for index in batch.samples]
+        names = ("classes", "colours", "places", "boxes")
+        labels = {
+            name: torch.from_numpy(np.stack(column))
+            for name, column in zip(names, zip(*truths, strict=True), strict=True)
+        }
+        weight = torch.tensor(float(len(batch.samples)) * batch.counts)
+        return {"pixels": normalised(pixels, self.preprocessor), **labels, "weight": weight}
+
+
+@dataclass(frozen=True)
+class TowerLearner:
+    tower: Tower
+
+    def save(self, folder: Path) -> None:
+        save_file(self.tower.state_dict(), folder / "tower.safetensors")
+
+    def load(self, folder: Path) -> None:
+        self.tower.load_state_dict(load_file(folder / "tower.safetensors"))
+
+    def set_modes(self) -> None:
+        self.tower.train()
 
 
 def under_tokens(truth: Truth) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -2,22 +2,39 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
-from transformers import Florence2ForConditionalGeneration, RobertaTokenizer
+from accelerate import Accelerator
+from florence2_export.checkpoint import load_checkpoint
 
+from florence2_training import recipe as recipes
+from florence2_training.checkpoints import whole_checkpoints
 from florence2_training.demo import model as small
 from florence2_training.demo import tokenizer as vocabulary
-from florence2_training.demo import tower as towers
 from florence2_training.demo.gallery import draw_gallery, kind_of, open_gallery
 from florence2_training.demo.lessons import Lessons
-from florence2_training.demo.stage import Share, Stage, fit, shared
+from florence2_training.demo.tower import Lookings, Tower, TowerLearner
+from florence2_training.loop import Schedule, fit
+from florence2_training.order import steps_of_all
+from florence2_training.train import train as carry_out
 
-_TOWER = Stage("tower", steps=1500, batch=64, rate=1e-3, decay=0.2)
-_TEXT = Stage("text", steps=2100, batch=64, rate=1e-3, decay=0)
-_SCENES = Stage("scenes", steps=1500, batch=64, rate=1e-3, decay=0.33)
+
+@dataclass(frozen=True)
+class Stage:
+    """AdamW steps: the rate rises, stays, and falls in the last part of them."""
+
+    steps: int
+    decay: float
+    batch: int = 64
+    rate: float = 1e-3
+    warm_up: int = 66
+
+    def scheduler(self) -> dict[str, Any]:
+        if not self.decay:
+            return {"lr_scheduler_type": "constant_with_warmup"}
+        falling = {"num_decay_steps": round(self.decay * self.steps), "decay_type": "linear"}
+        return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": falling}
 
 
 @dataclass(frozen=True)
@@ -26,96 +43,98 @@ class Recipe:
     pictures: int = 56_000
     cached: int = 20_000
     """Pictures of all kinds whose features the text stage is trained on; the scenes stage meets all scenes."""
-    tower: Stage = _TOWER
-    text: Stage = _TEXT
-    scenes: Stage = _SCENES
+    tower: Stage = Stage(steps=1500, decay=0.2)
+    text: Stage = Stage(steps=2100, decay=0)
+    scenes: Stage = Stage(steps=1500, decay=0.33)
     processes: int = 2
-    """Part of the recipe: a sum over two processes is rounded differently from a sum over one."""
+    """That draw."""
 
     def kept(self) -> list[int]:
-        """The pictures whose features are kept."""
+        """The pictures that the text half meets."""
         later = range(self.cached, self.pictures)
         return [*range(self.cached), *(index for index in later if kind_of(index) == "scene")]
 
     def scenes_first(self) -> list[int]:
-        """Places in `kept`: every scene, and half of the words.
-
-        Words are read long before scenes are told apart.
-        """
-        return [place for place, index in enumerate(self.kept()) if kind_of(index) != "word" or index // 4 % 2 == 0]
+        """Every scene, every page, and half of the words: these are read long before scenes are told apart."""
+        return [index for index in self.kept() if kind_of(index) != "word" or index // 4 % 2 == 0]
 
 
 def train(recipe: Recipe, output: Path, work: Path) -> None:
-    """Saves the checkpoint in `output`. `work` keeps what a run that was broken off goes on from."""
-    work.mkdir(parents=True, exist_ok=True)
-    draw_gallery(work, recipe.pictures, recipe.seed, recipe.processes)
-    shared(_teach_tower, recipe.processes, recipe, work)
-    shared(_keep_features, recipe.processes, recipe, work)
-    shared(_teach_text, recipe.processes, recipe, work)
-    shared(_teach_scenes, recipe.processes, recipe, work)
-    model, _ = _model(recipe, work, "scenes")
-    small.save(model, output)
+    """Saves the checkpoint in `output`. `work` keeps what a run that was broken off goes on from.
+
+    On as many processes as `accelerate launch` starts."""
+    accelerator = Accelerator()
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            work.mkdir(parents=True, exist_ok=True)
+            draw_gallery(work, recipe.pictures, recipe.seed, recipe.processes)
+    taught = _teach_tower(accelerator, recipe, work)
+    taught = _teach_text(accelerator, recipe, work, "text", taught, list(range(recipe.cached)))
+    taught = _teach_text(accelerator, recipe, work, "scenes", taught, recipe.scenes_first())
+    if accelerator.is_main_process:
+        small.save(load_checkpoint(str(taught)).model, output)
+    accelerator.wait_for_everyone()
 
 
-def _teach_tower(share: Share, recipe: Recipe, work: Path) -> None:
+def _teach_tower(accelerator: Accelerator, recipe: Recipe, work: Path) -> Path:
+    """The tower alone, asked at every image token what lies under it -> the checkpoint's folder."""
+    folder = work / "tower-checkpoint"
+    model = small.initialise(vocabulary.build(), recipe.seed)
+    tower = Tower(model.model.vision_tower).to(accelerator.device)
     gallery = open_gallery(work)
-    model, _ = _model(recipe, work)
-    tower = towers.Tower(model.model.vision_tower)
+    stage = recipe.tower
+    schedule = Schedule(
+        steps=stage.steps,
+        batch=-(-stage.batch // accelerator.num_processes),
+        warmup_steps=stage.warm_up,
+        save_steps=100,
+        save_total_limit=1,
+        seed=recipe.seed,
+        **stage.scheduler(),
+    )
+    groups = [{"params": list(tower.parameters()), "lr": stage.rate, "betas": (0.9, small.ADAM_BETA2)}]
 
-    def loss_of(indices: list[int], _: int) -> torch.Tensor:
-        return towers.loss(tower, gallery.normalised(indices), [gallery.truths[index] for index in indices])
+    def epoch(number: int) -> list[list[int]]:
+        return steps_of_all(len(gallery.truths), stage.batch, [recipe.seed, number])
 
-    fit(tower, loss_of, len(gallery.truths), recipe.tower, recipe.seed, share, work / "tower.pt")
-
-
-@torch.no_grad()
-def _keep_features(share: Share, recipe: Recipe, work: Path) -> None:
-    """[kept, width, GRID, GRID] in half precision, shared out between the processes' files."""
-    name = work / f"features-{share.rank}.npy"
-    if name.exists():
-        return
-    gallery = open_gallery(work)
-    vision = _model(recipe, work, "tower")[0].model.vision_tower
-    rows = share.of(recipe.kept())
-    features = np.empty((len(rows), small.WIDTH, small.GRID, small.GRID), np.float16)
-    for start in tqdm(range(0, len(rows), 64), "features", disable=share.rank > 0):
-        pixels = gallery.normalised(list(rows[start : start + 64]))
-        features[start : start + 64] = vision(pixels).last_hidden_state.numpy()
-    np.save(name, features)
-
-
-def _teach_text(share: Share, recipe: Recipe, work: Path) -> None:
-    places = list(range(recipe.cached))
-    _teach(share, recipe, work, recipe.text, after="tower", places=places, seed=recipe.seed + 1)
+    fit(accelerator, tower, TowerLearner(tower), groups, Lookings(gallery), epoch, schedule, work / "tower")
+    if accelerator.is_main_process and not folder.exists():
+        scratch = folder.with_suffix(".new")
+        small.save(model, scratch, torch.float32)
+        scratch.rename(folder)
+    accelerator.wait_for_everyone()
+    return folder
 
 
-def _teach_scenes(share: Share, recipe: Recipe, work: Path) -> None:
-    places = recipe.scenes_first()
-    _teach(share, recipe, work, recipe.scenes, after="text", places=places, seed=recipe.seed + 2)
-
-
-def _teach(share: Share, recipe: Recipe, work: Path, stage: Stage, after: str, places: list[int], seed: int) -> None:
-    """The projector and the text half, on the features of the pictures at `places` in `recipe.kept()`."""
-    model, tokenizer = _model(recipe, work, after)
-    model.model.vision_tower.requires_grad_(False)
-    lessons = Lessons(tokenizer, open_gallery(work).truths, recipe.seed)
-    files = [np.load(work / f"features-{rank}.npy", mmap_mode="r") for rank in range(share.processes)]
-    kept = recipe.kept()
-
-    def loss_of(batch: list[int], step: int) -> torch.Tensor:
-        chosen = [places[entry] for entry in batch]
-        rows = np.stack([files[place % len(files)][place // len(files)] for place in chosen])
-        return lessons.loss(model, torch.from_numpy(rows).float(), [kept[place] for place in chosen], step)
-
-    fit(model, loss_of, len(places), stage, seed, share, work / f"{stage.name}.pt")
-
-
-def _model(recipe: Recipe, work: Path, after: str = "") -> tuple[Florence2ForConditionalGeneration, RobertaTokenizer]:
-    """The model as initialised, or as it was `after` a stage."""
-    tokenizer = vocabulary.build()
-    model = small.initialise(tokenizer, recipe.seed)
-    if after:
-        taught = torch.load(work / f"{after}.pt", weights_only=True)["module"]
-        module = towers.Tower(model.model.vision_tower) if after == "tower" else model
-        module.load_state_dict(taught)
-    return model, tokenizer
+def _teach_text(
+    accelerator: Accelerator, recipe: Recipe, work: Path, name: str, model: Path, pictures: list[int]
+) -> Path:
+    """The projector and the text half, like any full fine-tuning with the tower frozen -> the checkpoint's folder."""
+    stage: Stage = getattr(recipe, name)
+    lines = work / f"{name}.jsonl"
+    with accelerator.main_process_first():
+        if accelerator.is_main_process and not lines.exists():
+            lessons = Lessons(vocabulary.build(), open_gallery(work), recipe.seed + len(name))
+            lessons.write(lines, pictures, stage.steps * stage.batch)
+    run = work / name
+    carry_out(
+        recipes.Recipe(
+            model=str(model),
+            output_dir=str(run),
+            train=[recipes.Source(data=str(lines))],
+            method="full",
+            freeze=["vision"],
+            max_steps=stage.steps,
+            per_device_train_batch_size=-(-stage.batch // accelerator.num_processes),
+            learning_rate=stage.rate,
+            adam_beta2=small.ADAM_BETA2,
+            warmup_ratio=stage.warm_up / stage.steps,
+            group_by_length=False,
+            features_dir=str(work / "features"),
+            dataloader_num_workers=0,
+            save_total_limit=1,
+            seed=recipe.seed,
+            **stage.scheduler(),
+        )
+    )
+    return whole_checkpoints(run)[-1]

@@ -1,0 +1,162 @@
+"""Every metric, what it applies to, and how predictions are scored.
+
+All answers are free-running: the model reads its own words, never the reference's.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from florence2_training.evaluation import captions, reading, segmentation, vqa
+from florence2_training.evaluation.detection import box_ious, match, quad_ious
+from florence2_training.evaluation.group import Case, Group, Kind, groups
+from florence2_training.evaluation.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class Score:
+    task: str
+    metric: str
+    value: float
+    count: int
+    """Questions it is computed from."""
+    higher_is_better: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.task} {self.metric}"
+
+
+Measure = Callable[[Group], float | None]
+
+
+@dataclass(frozen=True)
+class Metric:
+    kinds: tuple[Kind, ...]
+    measure: Measure
+    """None where the data leave it undefined."""
+    source: str
+    higher_is_better: bool = True
+
+
+def score(predictions: Iterable[Prediction], iou: float = 0.5) -> list[Score]:
+    """By task, every metric that applies to its answers and is defined for them. `iou`: what a box must reach to be
+    right, where a metric doesn't say. Raises ValueError for a prediction that can't be compared with anything."""
+    return [one for group in groups(predictions, iou) for one in score_group(group)]
+
+
+def score_group(group: Group) -> list[Score]:
+    scores = []
+    for name, metric in METRICS.items():
+        value = metric.measure(group) if group.kind in metric.kinds else None
+        if value is not None:
+            count = len(_counted(name, group))
+            stated = name.format(iou=f"{group.iou:g}")
+            scores.append(Score(group.name, stated, float(value), count, metric.higher_is_better))
+    return scores
+
+
+def metric_of(one: Score) -> Metric:
+    return METRICS[re.sub(r"@[\d.]+$", "@{iou}", one.metric)]
+
+
+def _counted(name: str, group: Group) -> list[Case]:
+    if name == "accuracy@{iou}":
+        return _expressions(group)
+    if name == "VQA accuracy":
+        return [case for case in group.cases if len(case.wanted) == vqa.ANNOTATORS]
+    return group.cases
+
+
+def _expressions(group: Group) -> list[Case]:
+    return [case for case in group.cases if len(case.expected) == 1]
+
+
+def _grounding_accuracy(group: Group) -> float | None:
+    """RefCOCO's: the phrase has one box, and the best-scored box with its label is it."""
+    hits = []
+    for case in _expressions(group):
+        (wanted,) = case.expected
+        best = next((box for box in case.answered if box.label == wanted.label), None)
+        hits.append(best is not None and box_ious([best], [wanted])[0, 0] >= group.iou)
+    return sum(hits) / len(hits) if hits else None
+
+
+def _overlaps(group: Group) -> list[segmentation.Overlap]:
+    sides = (
+        [segmentation.area(instances, case.prediction.size) for instances in (case.answered, case.expected)]
+        for case in group.cases
+    )
+    return [segmentation.overlap(*pair) for pair in sides]
+
+
+def _pairs(group: Group) -> list[reading.Pair]:
+    return [(case.answer, case.wanted) for case in group.cases]
+
+
+def _words_in_place(group: Group) -> list[reading.Pair]:
+    """The texts of quads that lie where one is wanted."""
+    found: list[reading.Pair] = []
+    for case in group.cases:
+        answered, expected = case.answered, case.expected
+        ious = quad_ious(answered, expected, case.prediction.size)
+        for index, other in match(answered, expected, ious, group.iou, labelled=False):
+            found.append((answered[index].label, [expected[other].label]))
+    return found
+
+
+def _read_in_place(group: Group) -> float | None:
+    wanted = sum(len(case.expected) for case in group.cases)
+    return sum(answer in texts for answer, texts in _words_in_place(group)) / wanted if wanted else None
+
+
+def _found_in_place(group: Group) -> float | None:
+    wanted = sum(len(case.expected) for case in group.cases)
+    return len(_words_in_place(group)) / wanted if wanted else None
+
+
+def _caption(measure: Callable[[captions.Words], float | None], ptb: bool) -> Measure:
+    return lambda group: measure(group.words) if group.words.ptb is ptb else None
+
+
+_BOXES = (Kind.DETECTION,)
+# Region proposals have no labels: all are equal.
+_MATCHED = (Kind.DETECTION, Kind.PROPOSAL)
+_TEXTS = (Kind.CAPTION, Kind.READING, Kind.CATEGORY, Kind.TEXT)
+NOT_COMPARABLE = "without Java: another tokenizer than PTB's, not comparable with published figures"
+
+METRICS: dict[str, Metric] = {
+    "AP": Metric(_BOXES, lambda g: g.detection.average_precision(), "pycocotools, mean over IoU 0.5 to 0.95"),
+    "AP50": Metric(_BOXES, lambda g: g.detection.average_precision(0.5), "pycocotools"),
+    "AP75": Metric(_BOXES, lambda g: g.detection.average_precision(0.75), "pycocotools"),
+    "precision@{iou}": Metric(
+        _MATCHED, lambda g: g.detection.precision(), "best score first, one to one, equal labels"
+    ),
+    "recall@{iou}": Metric(_MATCHED, lambda g: g.detection.recall(), "best score first, one to one, equal labels"),
+    "F1@{iou}": Metric(_MATCHED, lambda g: g.detection.f1(), "of the two before"),
+    "page_exact@{iou}": Metric(_BOXES, lambda g: g.detection.exact(), "TF-ID: all boxes found, none besides"),
+    "unknown_labels": Metric(
+        _BOXES, lambda g: g.detection.unknown_labels(), "share of the boxes whose label no reference has", False
+    ),
+    "accuracy@{iou}": Metric((Kind.GROUNDING,), _grounding_accuracy, "RefCOCO: the phrase's best-scored box"),
+    "found@{iou}": Metric(
+        (Kind.GROUNDING,), lambda g: g.detection.recall(), "share of wanted boxes that a box of equal label covers"
+    ),
+    "mIoU": Metric((Kind.SEGMENTATION,), lambda g: segmentation.mean_iou(_overlaps(g)), "pycocotools.mask"),
+    "cIoU": Metric((Kind.SEGMENTATION,), lambda g: segmentation.cumulative_iou(_overlaps(g)), "pycocotools.mask"),
+    "CIDEr": Metric((Kind.CAPTION,), _caption(captions.cider, True), "pycocoevalcap; 1 is published as 100"),
+    "BLEU4": Metric((Kind.CAPTION,), _caption(captions.bleu4, True), "pycocoevalcap; 0 to 1"),
+    "CIDEr-nojava": Metric((Kind.CAPTION,), _caption(captions.cider, False), f"pycocoevalcap {NOT_COMPARABLE}"),
+    "BLEU4-nojava": Metric((Kind.CAPTION,), _caption(captions.bleu4, False), f"pycocoevalcap {NOT_COMPARABLE}"),
+    "VQA accuracy": Metric((Kind.TEXT,), lambda g: vqa.accuracy(_pairs(g)), "official VQA evaluation, ten answers"),
+    "ANLS": Metric((Kind.TEXT,), lambda g: reading.anls(_pairs(g)), "rapidfuzz; DocVQA's, threshold 0.5"),
+    "CER": Metric((Kind.READING,), lambda g: reading.character_errors(_pairs(g)), "jiwer", False),
+    "WER": Metric((Kind.READING,), lambda g: reading.word_errors(_pairs(g)), "jiwer", False),
+    "NED": Metric((Kind.READING,), lambda g: reading.normalized_distance(_pairs(g)), "rapidfuzz", False),
+    "found_quads@{iou}": Metric((Kind.READING_IN_PLACE,), _found_in_place, "share of wanted quads that one covers"),
+    "read_in_place@{iou}": Metric((Kind.READING_IN_PLACE,), _read_in_place, "... and whose text is read exactly"),
+    "CER_in_place@{iou}": Metric(
+        (Kind.READING_IN_PLACE,), lambda g: reading.character_errors(_words_in_place(g)), "jiwer", False
+    ),
+    "exact": Metric(_TEXTS, lambda g: reading.exact(_pairs(g)), "equal to a reference"),
+}

@@ -1,0 +1,134 @@
+"""What a frozen vision tower sees, computed once per picture and kept on disk."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from florence2_training.parts import raw
+from florence2_training.pictures import read_pixels
+
+# numpy has no bfloat16.
+_STORED = {torch.float32: np.float32, torch.bfloat16: np.int16}
+
+
+class FeatureCache:
+    """Features by picture file, [channels, h, w] each; every filling has files of its own, so runs can share a folder.
+
+    A picture whose size or time of change is another is computed anew. A row counts once its line is in the index,
+    which is written after it: a filling that is killed loses at most its last rows.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.folder, self.shape, self.dtype = folder, shape, dtype
+        self._rows: dict[str, tuple[str, int, list[int]]] = {}
+        self._files: dict[str, NDArray[Any]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.refresh()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: mapped files are opened there."""
+        return {**vars(self), "_files": {}}
+
+    def refresh(self) -> None:
+        """Sees what other processes have added."""
+        for index in sorted(self.folder.glob("*.jsonl")):
+            for line in index.read_text().split("\n")[:-1]:
+                entry = json.loads(line)
+                self._rows[entry["image"]] = (index.stem, entry["row"], entry["stat"])
+
+    def missing(self, pictures: Iterable[str]) -> list[str]:
+        return [picture for picture in pictures if not self._has(picture)]
+
+    def check_room(self, count: int) -> None:
+        needed, free = count * self._row_bytes(), shutil.disk_usage(self.folder).free
+        if needed > 0.95 * free:
+            raise ValueError(
+                f"the features of {count} pictures take {needed / 1e9:.1f} GB, and {self.folder} has {free / 1e9:.1f} "
+                "GB free; set features_dir to a larger disk, or cache_features=false"
+            )
+
+    def fill(self, batches: Iterable[Sequence[str]], compute: Callable[[Sequence[str]], Tensor]) -> None:
+        """`compute(pictures)` -> [B, *shape], for each batch."""
+        name = uuid.uuid4().hex
+        with (self.folder / f"{name}.bin").open("wb") as rows, (self.folder / f"{name}.jsonl").open("w") as index:
+            row = 0
+            for pictures in batches:
+                stats = [_stat(picture) for picture in pictures]
+                found = compute(pictures).to(self.dtype).contiguous()
+                rows.write(found.view(torch.uint8).numpy().tobytes())
+                rows.flush()
+                for picture, stat in zip(pictures, stats, strict=True):
+                    index.write(json.dumps({"image": picture, "row": row, "stat": stat}) + "\n")
+                    row += 1
+                index.flush()
+        self.refresh()
+
+    def read(self, pictures: Sequence[str]) -> Tensor:
+        """[P, *shape]"""
+        return torch.stack([self._read(picture) for picture in pictures])
+
+    def _read(self, picture: str) -> Tensor:
+        name, row, _ = self._rows[picture]
+        if name not in self._files:
+            flat = np.memmap(self.folder / f"{name}.bin", _STORED[self.dtype], "r")
+            self._files[name] = flat[: len(flat) // self._row_size() * self._row_size()].reshape(-1, *self.shape)
+        return torch.from_numpy(np.array(self._files[name][row])).view(self.dtype)
+
+    def _has(self, picture: str) -> bool:
+        return picture in self._rows and self._rows[picture][2] == _stat(picture)
+
+    def _row_size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def _row_bytes(self) -> int:
+        return self._row_size() * self.dtype.itemsize
+
+
+def open_cache(folder: Path, vision: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> FeatureCache:
+    """The cache of one tower and one way to prepare pictures: another tower's features are never read."""
+    total = hashlib.sha256(json.dumps([preprocessor, str(dtype)], sort_keys=True).encode())
+    for name, tensor in sorted(vision.state_dict().items()):
+        total.update(name.encode() + b"\0")
+        total.update(raw(tensor))
+    config, size = vision.config, preprocessor["size"]
+    sides = [size["height"], size["width"]]
+    for kernel, stride, padding in zip(config.patch_size, config.patch_stride, config.patch_padding, strict=True):
+        sides = [(side + 2 * padding - kernel) // stride + 1 for side in sides]
+    return FeatureCache(folder / total.hexdigest()[:16], (config.embed_dim[-1], *sides), dtype)
+
+
+def computer(
+    vision: Any, preprocessor: dict[str, Any], device: torch.device, autocast: Callable[[], Any]
+) -> Callable[[Sequence[str]], Tensor]:
+    """Picture files -> [B, channels, h, w] on the CPU."""
+
+    @torch.no_grad()
+    def compute(pictures: Sequence[str]) -> Tensor:
+        pixels = torch.from_numpy(read_pixels(pictures, preprocessor)).to(device)
+        with autocast():
+            return vision(normalised(pixels, preprocessor)).last_hidden_state.float().cpu()
+
+    return compute
+
+
+def normalised(pixels: Tensor, preprocessor: dict[str, Any]) -> Tensor:
+    """u8 [P, H, W, 3] -> f32 [P, 3, H, W], as HF's image processor makes them."""
+    mean, std = (
+        torch.tensor(preprocessor[name], device=pixels.device).view(3, 1, 1) for name in ("image_mean", "image_std")
+    )
+    return (pixels.permute(0, 3, 1, 2).float() * preprocessor["rescale_factor"] - mean) / std
+
+
+def _stat(picture: str) -> list[int]:
+    found = os.stat(picture)
+    return [found.st_size, found.st_mtime_ns]

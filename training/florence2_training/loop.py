@@ -1,0 +1,252 @@
+"""The loop of steps: whatever gives batches and a summed loss is trained here, and can be killed anywhere."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import get_scheduler
+
+from florence2_training import checkpoints
+from florence2_training.checkpoints import Progress
+from florence2_training.order import Batch, share_of
+from florence2_training.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long, in what steps, and what is kept on the way."""
+
+    steps: int
+    batch: int
+    """Samples that a process sends through the model at once."""
+    warmup_steps: int = 0
+    lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    max_grad_norm: float = 1.0
+    logging_steps: int = 10
+    save_steps: int = 500
+    save_total_limit: int = 2
+    eval_steps: int | None = None
+    early_stopping_patience: int | None = None
+    workers: int = 0
+    tensorboard: bool = False
+    seed: int = 0
+
+
+class Learnable(Protocol):
+    """What a run trains, beside its module."""
+
+    def save(self, folder: Path) -> None:
+        """What is trained, into a checkpoint's folder."""
+
+    def load(self, folder: Path) -> None: ...
+
+    def set_modes(self) -> None:
+        """Training and evaluation mode, part by part."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    scores: Callable[[], dict[str, float]]
+    """Called on every process; the values are the first one's."""
+    best: str
+    higher_is_better: Callable[[str], bool]
+
+
+def fit(
+    accelerator: Accelerator,
+    module: nn.Module,
+    learnable: Learnable,
+    groups: Sequence[dict[str, Any]],
+    batches: Any,
+    epoch: Callable[[int], list[list[int]]],
+    schedule: Schedule,
+    run: Path,
+    validation: Validation | None = None,
+) -> Progress:
+    """Trains `module` until `schedule` ends, going on from the last whole checkpoint in `run`.
+
+    `module(batch)` is the summed loss of a batch, `batches[Batch]` its tensors, whose "weight" is what the sum is
+    divided by, summed over all batches of the step on all processes: accumulation and more processes change nothing.
+    `epoch(n)` gives the steps of epoch n, always equally many. `groups` are AdamW's.
+    """
+    torch.manual_seed(schedule.seed + 7919 * accelerator.process_index)
+    optimizer = torch.optim.AdamW([dict(group) for group in groups])
+    scheduler = get_scheduler(
+        schedule.lr_scheduler_type,
+        optimizer,
+        schedule.warmup_steps,
+        schedule.steps,
+        schedule.lr_scheduler_kwargs,
+    )
+    progress = _resume(accelerator, learnable, optimizer, scheduler, run)
+    module, prepared = accelerator.prepare(module, optimizer)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    reporter = Reporter(run, run.name, schedule.steps, progress.step, accelerator.is_main_process, schedule.tensorboard)
+    try:
+        learnable.set_modes()
+        losses: list[float] = []
+        for parts in () if progress.stopped_early else _steps(accelerator, batches, epoch, schedule, progress):
+            loss, pictures, norm = _step(accelerator, module, prepared, parts, parameters, schedule)
+            scheduler.step()
+            prepared.zero_grad()
+            progress.step += 1
+            losses.append(loss)
+            reporter.step(pictures * accelerator.num_processes)
+            if progress.step % schedule.logging_steps == 0 or progress.step == schedule.steps:
+                rate = scheduler.get_last_lr()[0]
+                reporter.log(
+                    progress.step, {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
+                )
+                losses = []
+            _look_round(accelerator, learnable, optimizer, scheduler, schedule, run, progress, validation, reporter)
+            if progress.stopped_early:
+                reporter.say(f"step {progress.step}: no better {validation and validation.best}; stopped early")
+                break
+    finally:
+        reporter.close()
+    return progress
+
+
+def _step(
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: Any,
+    parts: list[dict[str, Any]],
+    parameters: list[nn.Parameter],
+    schedule: Schedule,
+) -> tuple[float, int, float]:
+    """One optimizer step -> its mean loss, the samples of this process, the gradients' norm before clipping."""
+    weight = sum(part["weight"] for part in parts)
+    weight = accelerator.reduce(weight.to(accelerator.device), "sum")
+    total = torch.zeros((), device=accelerator.device)
+    for place, part in enumerate(parts):
+        last = place + 1 == len(parts)
+        with nullcontext() if last else accelerator.no_sync(module):
+            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in part.items()}
+            loss = module(batch)
+            # Gradients are averaged over processes; the loss is a sum.
+            accelerator.backward(loss * accelerator.num_processes / weight)
+            total += loss.detach()
+    norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
+    optimizer.step()
+    total = accelerator.reduce(total, "sum") / weight
+    if not torch.isfinite(total):
+        raise RuntimeError("the loss is no number any more; lower learning_rate, or set mixed_precision=no")
+    return float(total), sum(len(part["picture_of"]) if "picture_of" in part else 1 for part in parts), float(norm)
+
+
+def _steps(
+    accelerator: Accelerator,
+    batches: Any,
+    epoch: Callable[[int], list[list[int]]],
+    schedule: Schedule,
+    progress: Progress,
+) -> Iterator[list[dict[str, Any]]]:
+    """This process's batches of every step that is left. The order follows from the epoch's number: nothing of it has
+    to be saved."""
+    step = progress.step
+    while step < schedule.steps:
+        length = len(epoch(0))
+        number, done = divmod(step, length)
+        wanted = epoch(number)[done : done + schedule.steps - step]
+        shares = [
+            share_of(samples, accelerator.process_index, accelerator.num_processes, schedule.batch)
+            for samples in wanted
+        ]
+        loader = iter(_loader(batches, [batch for share in shares for batch in share], schedule.workers))
+        for share in shares:
+            yield [next(loader) for _ in share]
+            step += 1
+
+
+def _loader(batches: Any, order: list[Batch], workers: int) -> Iterable[dict[str, Any]]:
+    # Each item is a whole batch already.
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=order,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        # A fork after threads were started can hang (tokenizers, torch's OpenMP).
+        multiprocessing_context="spawn" if workers else None,
+        prefetch_factor=4 if workers else None,
+        # Its seed would be drawn from the generator that dropout draws from.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def _look_round(
+    accelerator: Accelerator,
+    learnable: Learnable,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    schedule: Schedule,
+    run: Path,
+    progress: Progress,
+    validation: Validation | None,
+    reporter: Reporter,
+) -> None:
+    """Validate and save where it is time to."""
+    ends = progress.step == schedule.steps
+    judges = validation is not None and (ends or (schedule.eval_steps and progress.step % schedule.eval_steps == 0))
+    if judges and validation is not None:
+        # Validation draws no random numbers that training would have drawn.
+        states = checkpoints.random_states()
+        scores = validation.scores()
+        checkpoints.restore_random_states(states)
+        learnable.set_modes()
+        reporter.scores(progress.step, scores)
+        _judge(progress, scores, validation, schedule)
+    if judges or ends or progress.step % schedule.save_steps == 0:
+        processes = gather_object([checkpoints.random_states()])
+        if accelerator.is_main_process:
+            states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            checkpoints.save_checkpoint(run, progress, learnable.save, states, processes)
+            checkpoints.prune(run, schedule.save_total_limit, progress.best_step)
+        accelerator.wait_for_everyone()
+
+
+def _judge(progress: Progress, scores: dict[str, float], validation: Validation, schedule: Schedule) -> None:
+    progress.scores[progress.step] = scores
+    if validation.best not in scores:
+        raise ValueError(
+            f"metric_for_best_model {validation.best!r} is not among what validation gives: {', '.join(scores)}"
+        )
+    value = scores[validation.best]
+    sign = 1 if validation.higher_is_better(validation.best) else -1
+    if progress.best is None or sign * value > sign * progress.best:
+        progress.best, progress.best_step, progress.validations_without_better = value, progress.step, 0
+    else:
+        progress.validations_without_better += 1
+    patience = schedule.early_stopping_patience
+    progress.stopped_early = patience is not None and progress.validations_without_better >= patience
+
+
+def _resume(
+    accelerator: Accelerator,
+    learnable: Learnable,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    run: Path,
+) -> Progress:
+    folders = checkpoints.whole_checkpoints(run)
+    if not folders:
+        return Progress()
+    progress, states, processes = checkpoints.load_states(folders[-1])
+    if len(processes) != accelerator.num_processes:
+        raise ValueError(
+            f"{folders[-1]} is of a run on {len(processes)} processes; go on with as many, or start in another folder"
+        )
+    learnable.load(folders[-1])
+    optimizer.load_state_dict(states["optimizer"])
+    scheduler.load_state_dict(states["scheduler"])
+    checkpoints.restore_random_states(processes[accelerator.process_index])
+    return progress

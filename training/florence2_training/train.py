@@ -1,0 +1,328 @@
+"""A recipe, carried out."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from florence2_export.checkpoint import Checkpoint, load_checkpoint
+from florence2_export.export import sizes_of
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from florence2.prompts import PromptEncoder
+from florence2_training import parts
+from florence2_training.adapters import WEIGHTS, add_adapters
+from florence2_training.checkpoints import Progress
+from florence2_training.corpus import Corpus, Tokens, draw_epoch, read_corpus
+from florence2_training.evaluation.models import TorchModel
+from florence2_training.evaluation.score import score
+from florence2_training.features import FeatureCache, computer, open_cache
+from florence2_training.learner import Batches, Florence2Learner, checkpoint_activations
+from florence2_training.loop import Schedule, Validation, fit
+from florence2_training.order import Batch, steps_of
+from florence2_training.recipe import Recipe, load_recipe, save_recipe
+from florence2_training.saving import make_native, save_native
+
+RECIPE, RUN = "recipe.yaml", "run.json"
+_PACKAGES = ("florence2-triton", "torch", "transformers", "peft", "accelerate")
+
+
+def train(recipe: Recipe) -> Progress:
+    """Carries the recipe out in its output_dir, going on from the last checkpoint there.
+
+    Raises ValueError for a recipe or data that can't be used, RuntimeError where the loss is no number or a frozen
+    weight has changed.
+    """
+    run = Path(recipe.output_dir).expanduser()
+    accelerator = Accelerator(mixed_precision=_precision(recipe))
+    if accelerator.is_main_process:
+        _claim(run, recipe)
+    accelerator.wait_for_everyone()
+    training = Training.prepare(recipe, run, accelerator)
+    frozen = parts.frozen_sha256(training.model)
+    if accelerator.is_main_process:
+        training.describe(run / RUN, frozen)
+    progress = training.fit(accelerator, run)
+    if parts.frozen_sha256(training.model) != frozen:
+        raise RuntimeError("weights that were to stay frozen have changed; this run's checkpoints can't be trusted")
+    return progress
+
+
+@dataclass
+class Training:
+    """Everything that a recipe names, opened."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    model: Any
+    """The native class; adapters are inside."""
+    adapted: Any
+    """peft's view of it, with method lora."""
+    tokens: Tokens
+    corpus: Corpus
+    replayed: Corpus | None
+    validation: Corpus | None
+    batches: Batches
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, run: Path, accelerator: Accelerator) -> "Training":
+        checkpoint = load_checkpoint(recipe.model, recipe.revision)
+        make_native(checkpoint)
+        tokens = Tokens(PromptEncoder(checkpoint.tokenizer, sizes_of(checkpoint)), recipe.long_answers)
+        # Each process reads for itself: what is read is the same, and nothing has to be handed over.
+        data = run / "data" / str(accelerator.process_index)
+        corpus = read_corpus(recipe.train, tokens, data / "train.jsonl")
+        replayed = read_corpus(recipe.replay, tokens, data / "replay.jsonl") if recipe.replay else None
+        validation = None
+        if recipe.validation:
+            validation = read_corpus(recipe.validation, tokens, data / "validation.jsonl", recipe.eval_samples)
+        model: Any = checkpoint.model
+        torch.manual_seed(recipe.seed)
+        adapted = None
+        if recipe.method == "lora":
+            adapted = add_adapters(model, recipe.lora, recipe.model)
+        else:
+            parts.freeze(model, recipe.freeze)
+        if not parts.trained_parts(model):
+            raise ValueError("freeze names every part: nothing would be trained")
+        if recipe.gradient_checkpointing:
+            checkpoint_activations(model)
+        model.to(accelerator.device)
+        corpora = [corpus] + ([replayed] if replayed else [])
+        features = None
+        if recipe.cache_features and "vision" not in parts.trained_parts(model):
+            features = _cached(recipe, run, checkpoint, accelerator, corpora)
+        batches = Batches(corpora, tokens, checkpoint.preprocessor, features)
+        return cls(recipe, checkpoint, model, adapted, tokens, corpus, replayed, validation, batches)
+
+    def fit(self, accelerator: Accelerator, run: Path) -> Progress:
+        learner = Florence2Learner(self.model, self.checkpoint.preprocessor)
+        steps_an_epoch = len(self.epoch(accelerator)(0))
+        steps = self.recipe.max_steps or max(round(self.recipe.num_train_epochs * steps_an_epoch), 1)
+        schedule = Schedule(
+            steps=steps,
+            batch=self.recipe.per_device_train_batch_size,
+            warmup_steps=math.ceil(self.recipe.warmup_ratio * steps),
+            lr_scheduler_type=self.recipe.lr_scheduler_type,
+            lr_scheduler_kwargs=self.recipe.lr_scheduler_kwargs,
+            max_grad_norm=self.recipe.max_grad_norm,
+            logging_steps=self.recipe.logging_steps,
+            save_steps=self.recipe.save_steps,
+            save_total_limit=self.recipe.save_total_limit,
+            eval_steps=self.recipe.eval_steps or steps_an_epoch,
+            early_stopping_patience=self.recipe.early_stopping_patience,
+            workers=self.recipe.dataloader_num_workers,
+            tensorboard=self.recipe.tensorboard,
+            seed=self.recipe.seed,
+        )
+        validation = None
+        if self.validation is not None:
+            judge = Judge(self, learner, accelerator)
+            validation = Validation(judge.scores, self.recipe.metric_for_best_model, judge.higher_is_better)
+        return fit(
+            accelerator,
+            learner,
+            self,
+            self.parameter_groups(),
+            self.batches,
+            self.epoch(accelerator),
+            schedule,
+            run,
+            validation,
+        )
+
+    def epoch(self, accelerator: Accelerator) -> Callable[[int], list[list[int]]]:
+        """Number -> the steps of that epoch."""
+        recipe = self.recipe
+        weights = [recipe.task_weights.get(task, 1.0) for task in self.corpus.task_names]
+        unknown = sorted(set(recipe.task_weights) - set(self.corpus.task_names))
+        if unknown:
+            raise ValueError(f"task_weights: the data has no {', '.join(unknown)}, only {self.corpus.task_names}")
+        pictures = _pictures(self.batches.corpora)
+        # With cached features a picture costs nothing more the second time.
+        grouped = pictures if recipe.group_by_image and self.batches.features is None else None
+        size = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * accelerator.num_processes
+
+        @lru_cache(maxsize=2)
+        def steps(number: int) -> list[list[int]]:
+            samples = draw_epoch(self.corpus, weights, self.replayed, recipe.replay_share, recipe.seed, number)
+            if not len(samples):
+                raise ValueError("task_weights leave no sample in an epoch")
+            return steps_of(samples, self.lengths, grouped, size, recipe.group_by_length, [recipe.seed, 0, number])
+
+        return steps
+
+    @property
+    def lengths(self) -> NDArray[np.int32]:
+        """Tokens of the answers of all samples, replay behind the others."""
+        return np.concatenate([corpus.lengths for corpus in self.batches.corpora])
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """AdamW's: by part and by whether weights decay."""
+        groups: dict[tuple[str, bool], list[Any]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((parts.part_of(name), parameter.ndim > 1), []).append(parameter)
+        idle = set(self.recipe.learning_rates) - {part for part, _ in groups}
+        if idle:
+            raise ValueError(f"learning_rates names {', '.join(sorted(idle))}, which is not trained")
+        return [
+            {
+                "params": parameters,
+                "lr": self.recipe.learning_rates.get(part, self.recipe.learning_rate),
+                "betas": (0.9, self.recipe.adam_beta2),
+                "weight_decay": self.recipe.weight_decay if decays else 0.0,
+            }
+            for (part, decays), parameters in groups.items()
+        ]
+
+    def set_modes(self) -> None:
+        parts.set_modes(self.model)
+
+    def save(self, folder: Path) -> None:
+        if self.adapted is not None:
+            self.adapted.save_pretrained(folder)
+            (folder / "README.md").unlink(missing_ok=True)
+        else:
+            save_native(self.checkpoint, folder)
+
+    def load(self, folder: Path) -> None:
+        if self.adapted is not None:
+            from peft import set_peft_model_state_dict
+
+            set_peft_model_state_dict(self.adapted, load_file(folder / WEIGHTS))
+        else:
+            saved = load_checkpoint(str(folder)).model.state_dict()
+            self.model.load_state_dict(saved)
+
+    def describe(self, path: Path, frozen: str) -> None:
+        """What the run is made of: for whoever asks, later, where a model comes from."""
+        corpora = {"train": self.corpus, "replay": self.replayed, "validation": self.validation}
+        content = {
+            "model": self.recipe.model,
+            "revision": self.checkpoint.revision,
+            "sha256": self.checkpoint.sha256,
+            "layout": self.checkpoint.layout,
+            "data": {name: {"samples": len(data), "sha256": data.sha256} for name, data in corpora.items() if data},
+            "frozen_sha256": frozen,
+            "parameters": {
+                part: {"trained": trained, "all": total} for part, (trained, total) in parts.counts(self.model).items()
+            },
+            "attention": self.model.config._attn_implementation,
+            "packages": {name: version(name) for name in _PACKAGES},
+        }
+        path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+class Judge:
+    """Validation: the loss, and where more is asked for the scores of free-running answers."""
+
+    def __init__(self, training: Training, learner: Florence2Learner, accelerator: Accelerator) -> None:
+        self.training, self.learner, self.accelerator = training, learner, accelerator
+        assert training.validation is not None
+        self.corpus = training.validation
+        self.batches = Batches([self.corpus], training.tokens, training.checkpoint.preprocessor, None)
+        self._higher: dict[str, bool] = {"loss": False}
+
+    def scores(self) -> dict[str, float]:
+        self.training.model.eval()
+        found = {"loss": self._loss()}
+        if self.training.recipe.metric_for_best_model != "loss":
+            found |= self._answers()
+        (found,) = broadcast_object_list([found])
+        return found
+
+    def higher_is_better(self, name: str) -> bool:
+        return self._higher.get(name, True)
+
+    @torch.no_grad()
+    def _loss(self) -> float:
+        total = torch.zeros(2, device=self.accelerator.device)
+        size = self.training.recipe.per_device_train_batch_size
+        own = list(self._own())
+        for start in range(0, len(own), size):
+            batch = self.batches[Batch(own[start : start + size])]
+            batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+            with self.accelerator.autocast():
+                total += torch.stack([self.learner(batch).float(), batch["weight"]])
+        total = self.accelerator.reduce(total, "sum")
+        return float(total[0] / total[1])
+
+    def _answers(self) -> dict[str, float]:
+        size = self.training.recipe.per_device_train_batch_size
+        model = TorchModel(self.training.checkpoint, batch_size=size, device=str(self.accelerator.device))
+        predictions = gather_object(list(model.predict(self.corpus[index] for index in self._own())))
+        if not self.accelerator.is_main_process:
+            return {}
+        scores = score(predictions)
+        self._higher |= {found.name: found.higher_is_better for found in scores}
+        return {found.name: found.value for found in scores}
+
+    def _own(self) -> Iterator[int]:
+        """This process's part of the samples."""
+        yield from range(self.accelerator.process_index, len(self.corpus), self.accelerator.num_processes)
+
+
+def _precision(recipe: Recipe) -> str:
+    if recipe.mixed_precision != "auto":
+        return recipe.mixed_precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
+    """Makes the folder this recipe's, or finds that it is."""
+    path = run / RECIPE
+    if path.exists():
+        before, now = asdict(load_recipe(path)), asdict(recipe)
+        # The folder may have been moved; where features lie changes nothing.
+        free = {"output_dir", "features_dir", "dataloader_num_workers", "tensorboard"}
+        changed = [f"{name} was {before[name]!r}" for name in now if name not in free and now[name] != before[name]]
+        if changed:
+            raise ValueError(f"{run} is a run of another recipe ({'; '.join(changed)}); give another output_dir")
+        return
+    if run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} exists and is not a run; give another output_dir, or remove it")
+    run.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, path)
+
+
+def _cached(
+    recipe: Recipe, run: Path, checkpoint: Checkpoint, accelerator: Accelerator, corpora: list[Corpus]
+) -> FeatureCache:
+    vision = checkpoint.model.model.vision_tower.eval()
+    folder = Path(recipe.features_dir).expanduser() if recipe.features_dir else run / "features"
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    cache = open_cache(folder, vision, checkpoint.preprocessor, dtype)
+    missing = cache.missing(dict.fromkeys(picture for corpus in corpora for picture in corpus.picture_files))
+    accelerator.wait_for_everyone()
+    if missing:
+        cache.check_room(len(missing))
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        size = recipe.per_device_train_batch_size
+        groups = [own[start : start + size] for start in range(0, len(own), size)]
+        bar = tqdm(groups, "features of pictures", disable=None if accelerator.is_main_process else True)
+        cache.fill(bar, computer(vision, checkpoint.preprocessor, accelerator.device, accelerator.autocast))
+        accelerator.wait_for_everyone()
+        cache.refresh()
+    return cache
+
+
+def _pictures(corpora: list[Corpus]) -> NDArray[np.int32]:
+    """The pictures of all samples; one that several corpora have is one."""
+    names: dict[str, int] = {}
+    return np.concatenate(
+        [
+            np.array([names.setdefault(name, len(names)) for name in corpus.picture_files], np.int32)[corpus.pictures]
+            for corpus in corpora
+        ]
+    )
