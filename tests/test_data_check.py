@@ -69,7 +69,9 @@ CLEAN = {
 
 @pytest.mark.parametrize("sample", CLEAN.values(), ids=CLEAN)
 def test_answers_as_they_should_be(folder, sample):
-    assert not found(write(folder, sample)).counts
+    report = found(write(folder, sample))
+    assert not report.counts
+    assert "" not in report.labels
 
 
 def pixels(box: Sequence[float], **changed: Any) -> dict[str, Any]:

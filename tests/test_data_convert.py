@@ -155,6 +155,12 @@ def test_a_run_that_breaks_leaves_the_old_file_and_no_other(folder):
     assert (folder / "out.jsonl").read_text() == "old"
 
 
+def test_the_output_is_for_whom_a_new_file_is(folder):
+    source = write(folder, row("a"))
+    assert run(source, folder / "out.jsonl") == 0
+    assert (folder / "out.jsonl").stat().st_mode == source.stat().st_mode
+
+
 def test_an_output_of_another_kind_is_refused(folder, capsys):
     assert run(write(folder, row("a")), folder / "out.txt") == 1
     assert "name the output .jsonl" in capsys.readouterr().err

@@ -195,6 +195,12 @@ def test_prefix_suffix_and_the_maestro_folder(folder):
     assert pairs(folder / "set") == [expected] * 2
 
 
+def test_a_byte_order_mark_is_no_text(folder):
+    path = lines(folder, {"image": "p.png", "prefix": "<OD>", "suffix": ""})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert pairs(path) == [("<OD>", "")]
+
+
 def test_a_folder_of_jsonl_files_is_its_splits(folder):
     for name in ("train.jsonl", "test.jsonl"):
         lines(folder, {"image": "p.png", "prefix": "<CAPTION>", "suffix": name}, name=name)

@@ -184,7 +184,7 @@ def _coco_box(box: Sequence[float]) -> dict[str, Any]:
 
 
 def test_boxes_without_an_area_match_nothing_and_are_still_wrong() -> None:
-    turned = detected(boxes(("car", A)), ("car", (300, 300, 100, 100)), ("car", A), scores=[0.9, 0.5])
+    turned = detected(boxes(("car", A)), ("car", (300, 100, 100, 300)), ("car", A), scores=[0.9, 0.5])
     found = values([turned])
     assert found["AP50"] == pytest.approx(0.5)
     assert found["precision@0.5"] == 0.5
@@ -247,7 +247,7 @@ def test_masks() -> None:
     # Unions: 400, 400, 400 and 400 + 100; intersections: 400, 200.
     assert values([same, half, silent, beside])["cIoU"] == pytest.approx(600 / 1700)
     # Overlapping polygons are one area; a line and a point are none.
-    twice = masked(wanted, [10, 10, 30, 10, 30, 30, 10, 30], [10, 10, 30, 10, 30, 20, 10, 20], [1, 1, 99, 199], [5, 5])
+    twice = masked(wanted, [1, 1, 99, 199], [5, 5], [10, 10, 30, 10, 30, 30, 10, 30], [10, 10, 30, 10, 30, 20, 10, 20])
     assert values([twice])["mIoU"] == 1
     assert values([masked("")]) == {"mIoU": 1}
     assert values([masked("", [10, 10, 30, 10, 30, 30, 10, 30])]) == {"mIoU": 0, "cIoU": 0}

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _COMPLETE = "complete.json"
@@ -46,8 +47,8 @@ def is_whole(folder: Path) -> bool:
     """Every file as long as it was written, and with the same bytes."""
     try:
         files = json.loads((folder / _COMPLETE).read_text())["files"]
-        return all(_describe(folder / name) == described for name, described in files.items())
-    except (OSError, ValueError, KeyError):
+        return _STATE in files and all(_describe(folder / name) == described for name, described in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -73,7 +74,7 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
         _force_to_disk(run)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         # torch and safetensors raise errors of their own for a full disk.
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(

@@ -44,7 +44,9 @@ class FeatureCache:
         for index in sorted(self.folder.glob("*.jsonl")):
             for line in index.read_text().split("\n")[:-1]:
                 entry = json.loads(line)
-                self._rows[entry["image"]] = (index.stem, entry["row"], entry["stat"])
+                # The names of the files say nothing of which is newer.
+                if not self._has(entry["image"]):
+                    self._rows[entry["image"]] = (index.stem, entry["row"], entry["stat"])
 
     def missing(self, pictures: Iterable[str]) -> list[str]:
         return [picture for picture in pictures if not self._has(picture)]
@@ -85,7 +87,10 @@ class FeatureCache:
         return torch.from_numpy(np.array(self._files[name][row])).view(self.dtype)
 
     def _has(self, picture: str) -> bool:
-        return picture in self._rows and self._rows[picture][2] == _stat(picture)
+        try:
+            return picture in self._rows and self._rows[picture][2] == _stat(picture)
+        except OSError:
+            return False
 
     def _row_size(self) -> int:
         return int(np.prod(self.shape))

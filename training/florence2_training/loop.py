@@ -136,10 +136,11 @@ def _step(
             accelerator.backward(loss * accelerator.num_processes / weight)
             total += loss.detach()
     norm = accelerator.clip_grad_norm_(parameters, schedule.max_grad_norm)
-    optimizer.step()
     total = accelerator.reduce(total, "sum") / weight
-    if not torch.isfinite(total):
+    # Before the step: a checkpoint of weights that are no numbers could never be gone on from.
+    if not torch.isfinite(total) or not torch.isfinite(torch.as_tensor(norm)):
         raise RuntimeError("the loss is no number any more; lower learning_rate, or set mixed_precision=no")
+    optimizer.step()
     return float(total), sum(len(part["picture_of"]) if "picture_of" in part else 1 for part in parts), float(norm)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from florence2_training.files import write_whole
+
 
 class Reporter:
     """On the first process; on others it does nothing."""
@@ -41,7 +43,8 @@ class Reporter:
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Values of the steps since the last time, with how fast they went."""
         seconds = time.monotonic() - self._since
-        values = {**values, "pictures_per_second": self._pictures / max(seconds, 1e-9), "memory_gb": memory() / 1e9}
+        speed = {"seconds": seconds, "pictures_per_second": self._pictures / max(seconds, 1e-9)}
+        values = {**values, **speed, "memory_gb": memory() / 1e9}
         self._pictures, self._since = 0, time.monotonic()
         shown = {"loss": f"{values['loss']:.4f}", "pictures/s": f"{values['pictures_per_second']:.1f}"}
         shown["GB"] = f"{values['memory_gb']:.1f}"
@@ -96,4 +99,4 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             break
-    path.write_text("".join(kept))
+    write_whole(path, "".join(kept))

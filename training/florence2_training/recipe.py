@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from florence2_training.files import write_whole
+
 PARTS = ("vision", "projector", "embeddings", "encoder", "decoder")
 METHODS = ("lora", "full")
 LONG_ANSWERS = ("refuse", "truncate", "skip")
@@ -166,7 +168,16 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     from omegaconf import OmegaConf
 
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    write_whole(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+
+
+def saved_recipe(path: Path) -> Recipe:
+    """As it was given to `save_recipe`: its relative paths start from where the run was started."""
+    from omegaconf import OmegaConf
+
+    recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.load(path)))
+    assert isinstance(recipe, Recipe)
+    return recipe
 
 
 def settings(of: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -27,10 +27,11 @@ from florence2_training.corpus import Corpus, Tokens, draw_epoch, read_corpus
 from florence2_training.evaluation.models import TorchModel
 from florence2_training.evaluation.score import score
 from florence2_training.features import FeatureCache, computer, open_cache
+from florence2_training.files import write_whole
 from florence2_training.learner import Batches, Florence2Learner, checkpoint_activations
 from florence2_training.loop import Schedule, Validation, fit
 from florence2_training.order import Batch, steps_of
-from florence2_training.recipe import Recipe, load_recipe, save_recipe
+from florence2_training.recipe import Recipe, save_recipe, saved_recipe
 from florence2_training.saving import make_native, save_native
 
 RECIPE, RUN = "recipe.yaml", "run.json"
@@ -221,7 +222,7 @@ class Training:
             "attention": self.model.config._attn_implementation,
             "packages": {name: version(name) for name in _PACKAGES},
         }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 class Judge:
@@ -283,17 +284,22 @@ def _claim(run: Path, recipe: Recipe) -> None:
     """Makes the folder this recipe's, or finds that it is."""
     path = run / RECIPE
     if path.exists():
-        before, now = asdict(load_recipe(path)), asdict(recipe)
+        before, now = (_flat(asdict(found)) for found in (saved_recipe(path), recipe))
         # The folder may have been moved; where features lie changes nothing.
         free = {"output_dir", "features_dir", "dataloader_num_workers", "tensorboard"}
         changed = [f"{name} was {before[name]!r}" for name in now if name not in free and now[name] != before[name]]
         if changed:
             raise ValueError(f"{run} is a run of another recipe ({'; '.join(changed)}); give another output_dir")
         return
-    if run.exists() and any(run.iterdir()):
+    if run.exists() and any(found.name != f".{RECIPE}.part" for found in run.iterdir()):
         raise ValueError(f"{run} exists and is not a run; give another output_dir, or remove it")
     run.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, path)
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    lora = settings.pop("lora")
+    return settings | {f"lora.{name}": value for name, value in lora.items()}
 
 
 def _cached(

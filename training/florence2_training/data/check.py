@@ -28,8 +28,6 @@ from florence2_training.data.rounding import Rounding
 _SIZE = (BINS, BINS)
 _BOX_KINDS = (AnswerKind.DESCRIPTION_WITH_BBOXES, AnswerKind.PHRASE_GROUNDING, AnswerKind.BBOXES)
 _LABELLED = (AnswerKind.DESCRIPTION_WITH_BBOXES, AnswerKind.PHRASE_GROUNDING, AnswerKind.OCR)
-_TAGS = ("<ground>", "<obj>", "<od>", "</od>", "<box>", "</box>", "<bbox>", "</bbox>")
-"""What the parser takes out of labels."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def _check_text(report: Report, sample: Sample, found: Example, lengths: Lengths
 def _check_shapes(report: Report, task: Task, found: Example) -> None:
     parsed = shapes(parse_answer(task, found.suffix, _SIZE))
     for _, _, label in parsed:
-        report.add_label(label)
+        report.add_label(label or "(no label)")
         if not label.isascii():
             report.add("letters", f"{found.where}: {label}")
     written = [LOCATION.findall(run) for run in RUN.findall(found.suffix)]
@@ -161,8 +159,6 @@ def _check_shapes(report: Report, task: Task, found: Example) -> None:
 
 
 def _check_label(report: Report, label: str, where: str) -> None:
-    for tag in _TAGS:
-        label = label.replace(tag, "")
     if not label.strip() or "<" in label:
         report.add("label", f"{where}: {_short(label) if label.strip() else 'an empty label'}")
 

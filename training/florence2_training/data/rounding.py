@@ -43,7 +43,7 @@ class Rounding:
         for run in RUN.findall(text):
             for index, number in enumerate(map(int, LOCATION.findall(run))):
                 length = size[index % 2]
-                if length > _LONGEST_AXIS or number > BINS:
+                if length > _LONGEST_AXIS:
                     continue
                 self.seen += 1
                 for rule in _RULES:

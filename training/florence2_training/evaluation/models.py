@@ -121,9 +121,10 @@ class TorchModel:
         return config
 
     def _logprobs(self, sequence: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor) -> NDArray[np.float32]:
-        """[L - 1], as `florence2.generation` gives them but of forced tokens, whose are 0: these are no locations. Asked
-        once more for the whole answer: what `generate` keeps, all scores of all beams at all steps, takes gigabytes for
-        a page of text."""
+        """[L - 1], as `florence2.generation` gives them but of forced tokens, which are no locations.
+
+        The whole answer is read once more: what `generate` can keep, all scores of all beams at all steps, takes
+        gigabytes for a page of text."""
         logits = self.model(
             encoder_outputs=BaseModelOutput(hidden), attention_mask=mask, decoder_input_ids=sequence[None, :-1]
         ).logits[0]
@@ -160,7 +161,10 @@ class OnnxModel:
         waiting: deque[_Waiting] = deque()
         for question in questions(examples, limit):
             waiting.append(self._submit(self.wording.ask(question)))
-            while sum(one.answer is None for one in waiting) >= self.in_flight:
+            # One long answer holds those behind it back; their pictures take memory.
+            while sum(one.answer is None for one in waiting) >= self.in_flight or (
+                len(waiting) >= 4 * self.in_flight and waiting[0].answer is None
+            ):
                 self._engine.step()
             while waiting and waiting[0].answer is not None:
                 yield self._prediction(waiting.popleft())
@@ -220,7 +224,7 @@ class ServedModel:
         try:
             data = read_picture(question.image)
             size = decode(data).size
-            answer = client.ask(data, question.prompt)
+            answer = client.ask(data, question.prompt, **self._overrides)
         except ValueError as error:
             raise ValueError(f"{question.image}, {question.prompt}: {error}") from None
         except ServerRefused as error:
