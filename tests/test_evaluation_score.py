@@ -69,13 +69,18 @@ def test_a_perfect_detection() -> None:
         "F1@0.5": 1,
         "page_exact@0.5": 1,
         "unknown_labels": 0,
+        "AP50[car]": 1,
+        "AP50[dog]": 1,
     }
 
 
 def test_nothing_found_where_something_is_wanted() -> None:
     found = values([detected(TWO)])
     # Of no box it can't be said how many are right.
-    assert found == {"AP": 0, "AP50": 0, "AP75": 0, "recall@0.5": 0, "F1@0.5": 0, "page_exact@0.5": 0}
+    assert found == {"AP": 0, "AP50": 0, "AP75": 0, "recall@0.5": 0, "F1@0.5": 0, "page_exact@0.5": 0} | {
+        "AP50[car]": 0,
+        "AP50[dog]": 0,
+    }
 
 
 def test_nothing_wanted() -> None:
@@ -217,7 +222,8 @@ def test_grounding_counts_the_best_scored_box_of_the_phrase() -> None:
     silent = detected(one, prompt=GROUNDING)
     two = detected(one + boxes(("a dog", B)), ("a dog", B), ("a dog", B), prompt=GROUNDING)
     scores = {s.metric: s for s in score([right, wrong, other_phrase, silent, two])}
-    assert scores["accuracy@0.5"].value == 0.25
+    # RefCOCO asks where, not what it is called.
+    assert scores["accuracy@0.5"].value == 0.5
     assert scores["accuracy@0.5"].count == 4
     # Of six wanted boxes three are covered: twice the car, once the dog.
     assert scores["found@0.5"].value == 0.5

@@ -14,11 +14,12 @@ from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.server import TritonServer
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+TRAINING = (ROOT / "training" / "README.md").read_text()
 
 
-def blocks(language: str, containing: str) -> str:
-    (found,) = [code for kind, code in BLOCKS if kind == language and containing in code]
+def blocks(language: str, containing: str, page: str = README) -> str:
+    every = re.findall(r"```(\w+)\n(.*?)```", page, re.DOTALL)
+    (found,) = [code for kind, code in every if kind == language and containing in code]
     return found
 
 
@@ -126,7 +127,44 @@ def test_the_table_is_the_one_that_was_measured() -> None:
     assert [row for row in rows if row not in measured] == []
 
 
-def test_links_lead_somewhere() -> None:
-    targets = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+def test_fine_tuning(tmp_path: Path) -> None:
+    """The training page, from data to a scored checkpoint, on a handful of the generator's pages."""
+    data = [sys.executable, "-m", "florence2_training.demo", "stamps", str(tmp_path / "invoices"), "--scale", "0.01"]
+    assert subprocess.run(data, capture_output=True).returncode == 0
+    recipe = blocks("yaml", "recipe.yaml", TRAINING).replace("microsoft/Florence-2-base-ft", str(DEMO_CHECKPOINT))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    for code in ("florence2 data check", "florence2 train recipe.yaml --dry-run"):
+        done = shell(blocks("bash", code, TRAINING), tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "AP50[stamp]" in done.stdout
+    for name in ("check.html", "invoices-lines.jsonl", "invoices-coco.json", "scores.html"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert (tmp_path / "checkpoints" / "invoices" / "model.safetensors").is_file()
+
+
+def test_the_worked_example(tmp_path: Path) -> None:
+    """The commands of both pages, in the repository's layout, cut to two steps."""
+    code = blocks("bash", "florence2_training.demo stamps", TRAINING)
+    commands = [line.partition("  #")[0].rstrip() for line in blocks("bash", "florence2 train").splitlines()]
+    assert [line for line in commands if line not in code] == []
+    for folder in ("training", "demo"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    code = code.replace("stamps var/stamps\n", "stamps var/stamps --scale 0.01\n")
+    code = code.replace("stamps.yaml\n", "stamps.yaml max_steps=2 per_device_train_batch_size=4\n")
+    done = shell(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "var" / "stamps-checkpoint" / "model.safetensors").is_file()
+
+
+def test_the_training_page_knows_every_format() -> None:
+    from florence2_training.data.formats import FORMATS
+
+    assert re.findall(r"^\| `(\w+)` \| ", TRAINING, re.MULTILINE) == list(FORMATS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "training/README.md", "benchmarks/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    targets = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if not link.startswith("http")]
     assert targets
-    assert [link for link in targets if not (ROOT / link).exists()] == []
+    assert [link for link in targets if not (path.parent / link).exists()] == []

@@ -45,7 +45,13 @@ class Tokens:
         end = self.limit
         while end > 1 and not (ids[end - 1] in self._locations and ids[end] not in self._locations):
             end -= 1
-        return ids[:end] if end > 1 else ids[: self.limit]
+        if end > 1:
+            return ids[:end]
+        # Text without boxes, or boxes that all belong to the first phrase.
+        start = self.limit
+        while ids[start - 1] in self._locations:
+            start -= 1
+        return ids[: self.limit - (self.limit - start) % 4]
 
     def is_too_long(self, text: str) -> bool:
         return len(self.prompts.tokenizer.encode(text).ids) > self.limit

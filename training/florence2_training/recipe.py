@@ -188,6 +188,8 @@ def settings(of: Any = Recipe, prefix: str = "") -> Iterator[tuple[str, str, str
             continue
         default = entry.default_factory() if callable(entry.default_factory) else entry.default
         yield prefix + entry.name, str(default), entry.metadata["help"]
+        if entry.name == "train":
+            yield from settings(Source, "train[].")
 
 
 def _from_its_folder(config: Any, folder: Path) -> Any:

@@ -15,8 +15,8 @@ from florence2_training.demo.words import COLOURS, TRAINING_WORDS
 
 STAMP = "stamp"
 _INKS = ("red", "blue", "purple", "green")
-_MOST = 2
-"""Stamps on a page; two pages in five have none."""
+_MOST = 3
+"""Stamps on a page; one page in five has none."""
 
 
 def draw_stamped(seed: int, split: int, index: int) -> Picture:
@@ -24,7 +24,7 @@ def draw_stamped(seed: int, split: int, index: int) -> Picture:
     page = draw("page", seed, split, index)
     rng = np.random.default_rng([seed, split, len(KINDS), index])
     image, things = page.image.copy(), list(page.things)
-    for _ in range(int(rng.choice(_MOST + 1, p=(0.4, 0.35, 0.25)))):
+    for _ in range(int(rng.choice(_MOST + 1, p=(0.2, 0.35, 0.25, 0.2)))):
         stamp = _stamp(rng, image, things)
         if stamp:
             things.append(stamp)
@@ -33,7 +33,7 @@ def draw_stamped(seed: int, split: int, index: int) -> Picture:
 
 def _stamp(rng: Generator, image: Image.Image, others: list[Thing]) -> Thing | None:
     """A round seal, turned: two rings, a word across. None where no free place was found."""
-    side = int(min(image.size) * rng.uniform(0.16, 0.28))
+    side = int(min(image.size) * rng.uniform(0.2, 0.32))
     colour = str(rng.choice(_INKS))
     for _ in range(20):
         left, top = (int(rng.integers(2, extent - side - 2)) for extent in image.size)
@@ -57,7 +57,7 @@ def _seal(rng: Generator, side: int) -> Image.Image:
     return seal.rotate(float(rng.uniform(-40, 40)), Image.Resampling.BICUBIC)
 
 
-_SPLITS = (("train", TRAINING, 1500), ("valid", HELD_OUT, 100), ("test", HELD_OUT, 300))
+_SPLITS = (("train", TRAINING, 2000), ("valid", HELD_OUT, 100), ("test", HELD_OUT, 300))
 _SEED = 2027
 
 

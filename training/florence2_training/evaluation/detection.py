@@ -80,6 +80,14 @@ class Detection:
             precision = precision[np.isclose(THRESHOLDS, threshold)]
         return float(precision.mean())
 
+    def average_precision_of_labels(self, threshold: float) -> dict[str, float]:
+        """The same for each label that is wanted somewhere."""
+        precision = self.precisions
+        if precision is None:
+            return {}
+        means = precision[np.isclose(THRESHOLDS, threshold)].mean(axis=(0, 1))
+        return dict(zip(self.labels, means.tolist(), strict=True))
+
     @cached_property
     def precisions(self) -> NDArray[np.float64] | None:
         """[thresholds, recalls 0, 0.01, ... 1, labels] from COCOeval; None if no box is wanted."""

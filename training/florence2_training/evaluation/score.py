@@ -53,11 +53,18 @@ def score_group(group: Group) -> list[Score]:
             count = len(_counted(name, group))
             stated = name.format(iou=f"{group.iou:g}")
             scores.append(Score(group.name, stated, float(value), count, metric.higher_is_better))
+    if group.kind is Kind.DETECTION and 1 < len(group.detection.labels) <= _NAMED:
+        for label, value in group.detection.average_precision_of_labels(0.5).items():
+            scores.append(Score(group.name, f"AP50[{label}]", value, len(group.cases), True))
     return scores
 
 
+_NAMED = 100
+"""Labels that have a score of their own; more are descriptions, not classes."""
+
+
 def metric_of(one: Score) -> Metric:
-    return METRICS[re.sub(r"@[\d.]+$", "@{iou}", one.metric)]
+    return METRICS[re.sub(r"\[.*\]$", "", re.sub(r"@[\d.]+$", "@{iou}", one.metric))]
 
 
 def _counted(name: str, group: Group) -> list[Case]:
@@ -73,12 +80,11 @@ def _expressions(group: Group) -> list[Case]:
 
 
 def _grounding_accuracy(group: Group) -> float | None:
-    """RefCOCO's: the phrase has one box, and the best-scored box with its label is it."""
+    """RefCOCO's: the expression has one box, and the best-scored box of the answer, whatever its label, is it."""
     hits = []
     for case in _expressions(group):
-        (wanted,) = case.expected
-        best = next((box for box in case.answered if box.label == wanted.label), None)
-        hits.append(best is not None and box_ious([best], [wanted])[0, 0] >= group.iou)
+        best = case.answered[:1]
+        hits.append(bool(best) and box_ious(best, case.expected)[0, 0] >= group.iou)
     return sum(hits) / len(hits) if hits else None
 
 
@@ -138,7 +144,7 @@ METRICS: dict[str, Metric] = {
     "unknown_labels": Metric(
         _BOXES, lambda g: g.detection.unknown_labels(), "share of the boxes whose label no reference has", False
     ),
-    "accuracy@{iou}": Metric((Kind.GROUNDING,), _grounding_accuracy, "RefCOCO: the phrase's best-scored box"),
+    "accuracy@{iou}": Metric((Kind.GROUNDING,), _grounding_accuracy, "RefCOCO: the answer's best-scored box"),
     "found@{iou}": Metric(
         (Kind.GROUNDING,), lambda g: g.detection.recall(), "share of wanted boxes that a box of equal label covers"
     ),
