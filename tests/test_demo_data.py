@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from florence2_training.data.checkpoint import repeats
 from florence2_training.demo import model, tokenizer, words
 from florence2_training.demo.examples import EXAMPLES
 from florence2_training.demo.gallery import Gallery, Truth, draw_gallery, open_gallery
@@ -175,7 +176,7 @@ def test_no_target_repeats_a_trigram_and_every_target_survives_the_tokenizer(kin
         for visit in range(10):
             lesson = lessons.lesson(index, visit)
             target = VOCABULARY(lesson.target).input_ids
-            assert not tokenizer.repeats_a_trigram(target)
+            assert not repeats(target, 3)
             assert VOCABULARY.unk_token_id not in target
             assert lesson.task in TASKS_OF[kind]
         for task in TASKS_OF[kind]:
@@ -186,8 +187,8 @@ def test_no_target_repeats_a_trigram_and_every_target_survives_the_tokenizer(kin
 
 
 def test_a_word_that_repeats_a_trigram_is_never_asked_for():
-    assert tokenizer.repeats_a_trigram(VOCABULARY("BANANA").input_ids)
-    assert not any(tokenizer.repeats_a_trigram(VOCABULARY(word).input_ids) for word in words.WORDS)
+    assert repeats(VOCABULARY("BANANA").input_ids, 3)
+    assert not any(repeats(VOCABULARY(word).input_ids, 3) for word in words.WORDS)
     box = (10, 10, 50, 40)
     truth = Truth("word", SIZE, (Thing("word", box, "red", "BANANA", (box,) * 6),))
     lessons = Lessons(VOCABULARY, Gallery(Path(), [truth]), seed=0)

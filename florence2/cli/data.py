@@ -31,9 +31,8 @@ def _check_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-images", action="store_true", help="don't decode and compare pictures")
     command.add_argument(
         "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="a checkpoint's folder, to hold answer lengths against its decoder",
+        metavar="CKPT",
+        help="a checkpoint's folder or hub id, to hold answers against its decoder's length and settings",
     )
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page of samples with their boxes drawn")
     command.add_argument("--samples", type=int, default=24, metavar="N", help="samples on the page; default 24")

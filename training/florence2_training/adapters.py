@@ -4,12 +4,14 @@ import json
 import re
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from florence2_export.layouts import name_in
 from florence2_export.source import CheckpointError, one_line
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -98,7 +100,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state = load_file(weights)
         else:
             state = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise CheckpointError(f"{folder}: no adapter that can be read ({one_line(error)})") from error
     if config.get("peft_type", "LORA") != "LORA":
         raise CheckpointError(f"{folder / CONFIG}: peft_type {config['peft_type']}; only LoRA (and DoRA) can be merged")
@@ -173,3 +175,9 @@ def _replace(model: Any, whole: dict[str, Tensor], folder: Path) -> None:
             shapes = f"{list(tensor.shape)} where the base has {None if own is None else list(own.shape)}"
             raise CheckpointError(f"{folder / WEIGHTS}: {name} is {shapes}; give the base that it was made for")
         own.copy_(tensor)
+    for name, tensor in whole.items():
+        if not torch.equal(parameters[name], tensor):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {name} differs from another copy of it, but in Florence-2 the two are tied: it "
+                "can't be merged"
+            )

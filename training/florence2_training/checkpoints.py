@@ -85,8 +85,7 @@ def save_checkpoint(
 
 
 def load_states(folder: Path) -> tuple[Progress, dict[str, Any], list[Any]]:
-    # Written by save_checkpoint, and its hash was compared: python's and numpy's random states are no tensors.
-    saved = torch.load(folder / _STATE, map_location="cpu", weights_only=False)
+    saved = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     fields = json.loads((folder / "progress.json").read_text())
     fields["scores"] = {int(step): scores for step, scores in fields["scores"].items()}
     return Progress(**fields), saved["states"], saved["processes"]
@@ -101,9 +100,11 @@ def prune(run: Path, keep: int, best_step: int | None) -> None:
 
 
 def random_states() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        # As numbers: an array would have to be unpickled.
+        "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

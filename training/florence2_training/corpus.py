@@ -13,6 +13,7 @@ from tqdm import tqdm
 from florence2.errors import InvalidRequest
 from florence2.prompts import PromptEncoder
 from florence2.tasks import TASKS
+from florence2_training.data.checkpoint import repeats
 from florence2_training.data.formats import Split, examples, open_data
 from florence2_training.data.record import Example, Problem
 from florence2_training.recipe import Source
@@ -24,8 +25,9 @@ _SHOWN = 5
 class Tokens:
     """One checkpoint's way to read a prompt and to write an answer."""
 
-    def __init__(self, prompts: PromptEncoder, long_answers: str = "refuse") -> None:
+    def __init__(self, prompts: PromptEncoder, long_answers: str = "refuse", ngram: int = 0) -> None:
         self.prompts = prompts
+        self.ngram = ngram
         self.limit = prompts.sizes.max_position_embeddings
         self.long_answers = long_answers
         self._locations = {index for token, index in prompts.tokenizer.get_vocab().items() if token.startswith("<loc_")}
@@ -73,6 +75,8 @@ class Corpus:
     task_names: list[str]
     picture_files: list[str]
     sha256: str
+    repeating: int
+    """Answers that no_repeat_ngram_size makes impossible."""
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -91,6 +95,7 @@ def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: in
     pictures: dict[str, int] = {}
     problems: list[str] = []
     total = hashlib.sha256()
+    repeating = 0
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as out:
         for found in tqdm(_all_examples(sources), f"reading {file.stem}", unit=" samples", leave=False, disable=None):
@@ -103,11 +108,13 @@ def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: in
             if example is None:
                 continue
             image = str(example.image.resolve())
+            answer = tokens.answer(example.suffix)
+            repeating += repeats(answer, tokens.ngram)
             line = json.dumps({"image": image, "prefix": example.prefix, "suffix": example.suffix}) + "\n"
             columns.append(
                 (
                     out.tell(),
-                    len(tokens.answer(example.suffix)),
+                    len(answer),
                     tasks.setdefault(task_of(example.prefix), len(tasks)),
                     pictures.setdefault(image, len(pictures)),
                 )
@@ -132,6 +139,7 @@ def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: in
         list(tasks),
         list(pictures),
         total.hexdigest(),
+        repeating,
     )
 
 

@@ -82,8 +82,10 @@ class FeatureCache:
     def _read(self, picture: str) -> Tensor:
         name, row, _ = self._rows[picture]
         if name not in self._files:
-            flat = np.memmap(self.folder / f"{name}.bin", _STORED[self.dtype], "r")
-            self._files[name] = flat[: len(flat) // self._row_size() * self._row_size()].reshape(-1, *self.shape)
+            # The last row may have been cut short anywhere.
+            flat = np.memmap(self.folder / f"{name}.bin", np.uint8, "r")
+            whole = flat[: len(flat) // self._row_bytes() * self._row_bytes()]
+            self._files[name] = whole.view(_STORED[self.dtype]).reshape(-1, *self.shape)
         return torch.from_numpy(np.array(self._files[name][row])).view(self.dtype)
 
     def _has(self, picture: str) -> bool:
@@ -92,11 +94,8 @@ class FeatureCache:
         except OSError:
             return False
 
-    def _row_size(self) -> int:
-        return int(np.prod(self.shape))
-
     def _row_bytes(self) -> int:
-        return self._row_size() * self.dtype.itemsize
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 def open_cache(folder: Path, vision: Any, preprocessor: dict[str, Any], dtype: torch.dtype) -> FeatureCache:

@@ -22,7 +22,7 @@ from florence2_training.adapters import CONFIG, base_of, load_adapter
 from florence2_training.features import normalised
 from florence2_training.pictures import read_pixels
 from florence2_training.saving import make_native, save_microsoft, save_native
-from florence2_training.train import RUN
+from florence2_training.train import RUN, set_no_repeat_ngram_size
 
 SAMPLES, NEW_TOKENS = 4, 64
 LAYOUTS = {"native": save_native, "microsoft": save_microsoft}
@@ -93,6 +93,7 @@ def _merged_adapter(folder: Path, base: str | None) -> tuple[Checkpoint, Merged]
     checkpoint = load_checkpoint(name)
     # As it was when the run began; an adapter of another trainer doesn't see the rows that this adds.
     make_native(checkpoint)
+    _decode_as_trained(folder.parent, checkpoint)
     adapted = load_adapter(checkpoint.model, folder).eval()
     questions = _questions(folder.parent, checkpoint)
     before = [_answer(checkpoint.model, *question) for question in questions]
@@ -102,6 +103,13 @@ def _merged_adapter(folder: Path, base: str | None) -> tuple[Checkpoint, Merged]
         raise CheckpointError(f"{folder}: {error}") from error
     after = [_answer(checkpoint.model, *question) for question in questions]
     return checkpoint, Merged(folder, len(questions), _compare(before, after))
+
+
+def _decode_as_trained(run: Path, checkpoint: Checkpoint) -> None:
+    if (run / RUN).is_file():
+        size = json.loads((run / RUN).read_text())["no_repeat_ngram_size"]
+        if size is not None:
+            set_no_repeat_ngram_size(checkpoint, size)
 
 
 Question = tuple[NDArray[np.uint8], NDArray[np.int64], dict[str, Any]]

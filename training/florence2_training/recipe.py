@@ -63,6 +63,10 @@ class Recipe:
         "refuse", f"answers past the decoder's positions: {', '.join(LONG_ANSWERS)} (cut after a whole box)"
     )
 
+    no_repeat_ngram_size: int | None = _setting(
+        None, "of validation and of the merged checkpoint (default: the checkpoint's own); 0 for answers that repeat"
+    )
+
     method: str = _setting("lora", "lora, or full fine-tuning")
     lora: Lora = field(default_factory=Lora)
     freeze: list[str] = _setting([], f"with method full, parts that stay as they are: {', '.join(PARTS)}")
@@ -122,6 +126,8 @@ class Recipe:
             value = self.lora.r if name == "lora.r" else getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is a whole number from 1 on, not {value}")
+        if self.no_repeat_ngram_size is not None and self.no_repeat_ngram_size < 0:
+            raise ValueError(f"no_repeat_ngram_size is a whole number from 0 on, not {self.no_repeat_ngram_size}")
         for name in ("num_train_epochs", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is more than 0, not {getattr(self, name)}")

@@ -1,6 +1,7 @@
 """A recipe, carried out."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -35,6 +36,7 @@ from florence2_training.recipe import Recipe, save_recipe, saved_recipe
 from florence2_training.saving import make_native, save_native
 
 RECIPE, RUN = "recipe.yaml", "run.json"
+logger = logging.getLogger(__name__)
 _PACKAGES = ("florence2-triton", "torch", "transformers", "peft", "accelerate")
 
 
@@ -79,10 +81,19 @@ class Training:
     def prepare(cls, recipe: Recipe, run: Path, accelerator: Accelerator) -> "Training":
         checkpoint = load_checkpoint(recipe.model, recipe.revision)
         make_native(checkpoint)
-        tokens = Tokens(PromptEncoder(checkpoint.tokenizer, sizes_of(checkpoint)), recipe.long_answers)
+        if recipe.no_repeat_ngram_size is not None:
+            set_no_repeat_ngram_size(checkpoint, recipe.no_repeat_ngram_size)
+        ngram = checkpoint.generation["no_repeat_ngram_size"]
+        tokens = Tokens(PromptEncoder(checkpoint.tokenizer, sizes_of(checkpoint)), recipe.long_answers, ngram)
         # Each process reads for itself: what is read is the same, and nothing has to be handed over.
         data = run / "data" / str(accelerator.process_index)
         corpus = read_corpus(recipe.train, tokens, data / "train.jsonl")
+        if corpus.repeating and accelerator.is_main_process:
+            logger.warning(
+                "%d of %d answers repeat %d tokens, which no_repeat_ngram_size %d never writes; "
+                "set no_repeat_ngram_size=0",
+                *(corpus.repeating, len(corpus), ngram, ngram),
+            )
         replayed = read_corpus(recipe.replay, tokens, data / "replay.jsonl") if recipe.replay else None
         validation = None
         if recipe.validation:
@@ -215,6 +226,7 @@ class Training:
             "sha256": self.checkpoint.sha256,
             "layout": self.checkpoint.layout,
             "data": {name: {"samples": len(data), "sha256": data.sha256} for name, data in corpora.items() if data},
+            "no_repeat_ngram_size": self.recipe.no_repeat_ngram_size,
             "frozen_sha256": frozen,
             "parameters": {
                 part: {"trained": trained, "all": total} for part, (trained, total) in parts.counts(self.model).items()
@@ -240,7 +252,8 @@ class Judge:
         found = {"loss": self._loss()}
         if self.training.recipe.metric_for_best_model != "loss":
             found |= self._answers()
-        (found,) = broadcast_object_list([found])
+        # Every process must come to the same judgement.
+        found, self._higher = broadcast_object_list([found, self._higher])
         return found
 
     def higher_is_better(self, name: str) -> bool:
@@ -272,6 +285,11 @@ class Judge:
     def _own(self) -> Iterator[int]:
         """This process's part of the samples."""
         yield from range(self.accelerator.process_index, len(self.corpus), self.accelerator.num_processes)
+
+
+def set_no_repeat_ngram_size(checkpoint: Checkpoint, size: int) -> None:
+    checkpoint.generation["no_repeat_ngram_size"] = size
+    checkpoint.model.generation_config.no_repeat_ngram_size = size
 
 
 def _precision(recipe: Recipe) -> str:

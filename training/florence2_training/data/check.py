@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from florence2.locations import quantize
 from florence2.tasks import AnswerKind, Task
-from florence2_training.data.checkpoint import Lengths
+from florence2_training.data.checkpoint import Lengths, repeats
 from florence2_training.data.formats import SizeOf, Split, regions, resolve
 from florence2_training.data.parsing import (
     BINS,
@@ -169,9 +169,8 @@ def _check_length(report: Report, found: Example, lengths: Lengths) -> None:
     report.lengths[len(tokens)] += 1
     if len(tokens) > lengths.limit:
         report.add("length", f"{found.where}: {len(tokens)} tokens of at most {lengths.limit}")
-    trigrams = list(zip(tokens, tokens[1:], tokens[2:], strict=False))
-    if len(set(trigrams)) < len(trigrams):
-        report.add("trigram", f"{found.where}: {_short(found.suffix)}")
+    if repeats(tokens, lengths.ngram):
+        report.add("repeated", f"{found.where}: {_short(found.suffix)}")
 
 
 def _count_bins(rounding: Rounding, sample: Sample, sizes: SizeOf) -> None:

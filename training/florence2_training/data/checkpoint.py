@@ -1,9 +1,10 @@
-"""What a checkpoint says about lengths: its tokenizer, and how long its decoder is."""
+"""What a checkpoint says about the answers that it can write: its tokens, how many of them, and which repetitions."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from florence2_export.source import CheckpointError, open_source
+from florence2_export.tokenizer import load_tokenizer
 from tokenizers import Tokenizer
 
 
@@ -12,22 +13,26 @@ class Lengths:
     tokenizer: Tokenizer
     limit: int
     """Tokens of the longest answer, `<s>` and `</s>` included."""
+    ngram: int = 3
+    """Its no_repeat_ngram_size; 0 is none."""
 
     @classmethod
-    def read(cls, checkpoint: Path) -> "Lengths":
-        """Raises ValueError if the folder has no tokenizer.json, or no config.json with max_position_embeddings."""
-        try:
-            tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
-        except Exception as error:
-            # tokenizers raises bare Exceptions.
-            raise ValueError(f"{checkpoint / 'tokenizer.json'}: no tokenizer ({error}); name a checkpoint") from None
-        try:
-            limit = json.loads((checkpoint / "config.json").read_text())["text_config"]["max_position_embeddings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            message = f"{checkpoint / 'config.json'} has no text_config.max_position_embeddings; name a checkpoint"
-            raise ValueError(message) from None
-        tokenizer.no_truncation()
-        return cls(tokenizer, limit)
+    def read(cls, checkpoint: str) -> "Lengths":
+        """A folder or hub id. Raises ValueError where the tokenizer or max_position_embeddings is missing."""
+        files = open_source(checkpoint)
+        tokenizer = load_tokenizer(files)
+        text = files.json("config.json").get("text_config") or {}
+        limit = text.get("max_position_embeddings")
+        if not isinstance(limit, int):
+            raise CheckpointError(f"{files.path('config.json')} has no text_config.max_position_embeddings")
+        settings = text | files.optional_json("generation_config.json")
+        return cls(tokenizer, limit, settings.get("no_repeat_ngram_size") or 0)
 
     def tokens(self, suffix: str) -> list[int]:
-        return self.tokenizer.encode(f"<s>{suffix}</s>", add_special_tokens=False).ids
+        return self.tokenizer.encode(suffix).ids
+
+
+def repeats(tokens: Sequence[int], ngram: int) -> bool:
+    """Whether a run of `ngram` tokens comes twice, which generation with that no_repeat_ngram_size never writes."""
+    runs = list(zip(*(tokens[start:] for start in range(ngram)), strict=False))
+    return len(set(runs)) < len(runs)

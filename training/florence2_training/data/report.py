@@ -31,7 +31,10 @@ KINDS: dict[str, tuple[str, str]] = {
         "note",
         "labels with letters outside ASCII; transformers' parser drops these letters, this project's keeps them",
     ),
-    "trigram": ("note", "answers that repeat three tokens, which no_repeat_ngram_size=3 can't write"),
+    "repeated": (
+        "warning",
+        "answers that the checkpoint's no_repeat_ngram_size can't write; train with no_repeat_ngram_size=0",
+    ),
 }
 """Kind -> how bad it is, and what it says."""
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from transformers import RobertaTokenizer
 
+from florence2_training.data.checkpoint import repeats
 from florence2_training.demo.gallery import Gallery
 from florence2_training.demo.samples import Sample, answer
-from florence2_training.demo.tokenizer import repeats_a_trigram
 
 TASK_SHARES = {
     "scene": {
@@ -49,7 +49,7 @@ class Lessons:
         for task in rng.choice(list(shares), size=4, p=list(shares.values())):
             sample = answer(str(task), truth.kind, truth.things, truth.size, int(rng.integers(6)))
             # The checkpoint's no_repeat_ngram_size could not give an answer such as `ABABAB`.
-            if sample is not None and not repeats_a_trigram(self.tokenizer(sample.target).input_ids):
+            if sample is not None and not repeats(self.tokenizer(sample.target).input_ids, 3):
                 return sample
         return self.lesson(index, visit + 1_000_003)
 

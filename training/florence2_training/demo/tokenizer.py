@@ -39,12 +39,6 @@ def vocabulary_size(tokenizer: RobertaTokenizer) -> int:
     return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def repeats_a_trigram(ids: list[int]) -> bool:
-    """True where `no_repeat_ngram_size` 3 could not produce `ids`."""
-    trigrams = list(zip(ids, ids[1:], ids[2:], strict=False))
-    return len(set(trigrams)) < len(trigrams)
-
-
 def _corpus() -> list[str]:
     nouns = [*words.SHAPES, *words.PAGE_OBJECTS, "word", *words.COLOURS, "page", "text", "title", "paragraph"]
     nouns += [words.plural(noun) for noun in nouns]
