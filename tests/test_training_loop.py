@@ -730,7 +730,7 @@ def test_validation_measures_the_loss_and_the_answers(tmp_path: Path) -> None:
 def test_validation_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = Judge._loss
     # Whatever it draws.
-    monkeypatch.setattr(Judge, "_loss", lambda self: (torch.rand(7), np.random.rand(), loss(self))[-1])
+    monkeypatch.setattr(Judge, "_loss", lambda self: (torch.rand(7), random.random(), loss(self))[-1])
     train(busy(tmp_path, "with"))
     given: dict[str, Any] = {"validation": [], "eval_steps": None}
     recipe = busy(tmp_path, "without")
@@ -756,12 +756,11 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pa
     folder = tmp_path_factory.mktemp("processes")
     recipe = split_recipe(folder, "two", 2)
     save_recipe(recipe, folder / "recipe.yaml")
-    # `accelerate launch --cpu --num_processes 2` starts a single one (accelerate 1.15).
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
-    command = [*launch, "--rdzv_endpoint", "localhost:0"]
+    # Of several processes on the CPU accelerate (1.15) launches one, or asks for MPI; as "GPUs" it launches them all.
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
-            [*command, "-m", "florence2.cli", "train", str(folder / "recipe.yaml")],
+            [*launch, "--main_process_port", "0", "-m", "florence2.cli", "train", str(folder / "recipe.yaml")],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},

@@ -26,7 +26,8 @@ def make_native(checkpoint: Checkpoint) -> None:
     It reads a picture through an `<image>` token, which Microsoft's checkpoints have no row for: it is added as
     transformers' converter adds it. What the added rows hold is never generated: see `_grow`.
     """
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    model: Any = checkpoint.model
+    tokenizer: Any = checkpoint.tokenizer
     if tokenizer.token_to_id(IMAGE) is None:
         tokenizer.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True)])
     image = tokenizer.token_to_id(IMAGE)
@@ -51,7 +52,8 @@ def save_microsoft(checkpoint: Checkpoint, folder: Path) -> None:
     """What `AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)` loads with Microsoft's code, which
     config.json names by its repository."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = max(checkpoint.tokenizer.token_to_id(token) for token in FLORENCE_TOKENS) + 1
+    ids = checkpoint.tokenizer.get_vocab()
+    rows = max(ids[token] for token in FLORENCE_TOKENS) + 1
     native = {name: tensor for name, tensor in checkpoint.model.state_dict().items()}
     own_head = not checkpoint.model.config.tie_word_embeddings
     state: dict[str, Tensor] = {}
@@ -71,7 +73,7 @@ def save_microsoft(checkpoint: Checkpoint, folder: Path) -> None:
     _write(folder / "preprocessor_config.json", {**checkpoint.preprocessor, **extra, "auto_map": auto_map})
     checkpoint.tokenizer.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "cls_token": "<s>"}
-    positions = checkpoint.model.config.text_config.max_position_embeddings
+    positions = _positions(checkpoint)
     settings = {**names, "sep_token": "</s>", "mask_token": "<mask>", "add_prefix_space": False}
     _write(
         folder / "tokenizer_config.json",
@@ -81,6 +83,11 @@ def save_microsoft(checkpoint: Checkpoint, folder: Path) -> None:
     _write(folder / "vocab.json", vocabulary["vocab"])
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in vocabulary["merges"])
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def _positions(checkpoint: Checkpoint) -> int:
+    config: Any = checkpoint.model.config
+    return int(config.text_config.max_position_embeddings)
 
 
 def _microsoft_config(checkpoint: Checkpoint, rows: int) -> dict[str, Any]:
@@ -167,7 +174,7 @@ def _processor(checkpoint: Checkpoint) -> Florence2Processor:
     tokenizer = RobertaTokenizer(
         tokenizer_object=checkpoint.tokenizer,
         extra_special_tokens={"image_token": IMAGE},
-        model_max_length=checkpoint.model.config.text_config.max_position_embeddings,
+        model_max_length=_positions(checkpoint),
     )
     answers = ("pure_text", "description_with_bboxes", "description_with_polygons", "polygons", "bboxes")
     rules: dict[str, dict[str, Any]] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class TorchModel:
         device: str | torch.device = "cpu",
     ) -> None:
         self.checkpoint, self.batch_size, self.device = checkpoint, batch_size, torch.device(device)
-        self.model: Any = checkpoint.model.to(self.device)
+        self.model = cast(Any, checkpoint.model).to(self.device)
         sizes = sizes_of(checkpoint)
         self.settings = GenerationSettings.from_config(checkpoint.generation, sizes.max_position_embeddings)
         self.settings = self.settings.override(num_beams=num_beams, max_new_tokens=max_new_tokens)
@@ -198,7 +198,7 @@ class ServedModel:
         timeout: float = 300,
     ) -> None:
         self.in_flight = in_flight
-        self._overrides = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+        self._overrides: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
         self._connect = lambda: Florence2Client(url, model=model, timeout=timeout)
 
     def predict(self, examples: Iterable[Example], limit: int | None = None) -> Iterator[Prediction]:
