@@ -28,7 +28,7 @@ from florence2_export.checkpoint import load_checkpoint
 from florence2_export.export import sizes_of
 from florence2_training.corpus import Tokens
 from florence2_training.data.record import Example
-from florence2_training.features import computer, normalised, open_cache
+from florence2_training.features import PictureGroups, computer, normalised, open_cache
 from florence2_training.learner import Batches, Florence2Learner
 from florence2_training.order import Batch
 from florence2_training.parts import targets
@@ -172,7 +172,7 @@ class Theirs:
         theirs = self.model(**self.collate([self.data[index] for index in chosen])).loss
         lines = [self.data.lines[index] for index in chosen]
         corpus: Any = [Example(self.data.folder / line["image"], line["prefix"], line["suffix"], "") for line in lines]
-        batch = Batches([corpus], self.tokens, self.loaded.preprocessor, None)[Batch(chosen)]
+        batch = Batches([corpus], self.tokens, self.loaded.preprocessor)[Batch(chosen)]
         ours = Florence2Learner(self.loaded.model, self.loaded.preprocessor)(batch) / batch["weight"]
         if not torch.allclose(ours, theirs, rtol=1e-4):
             raise SystemExit(f"the losses differ: {ours} and {theirs}")
@@ -187,7 +187,9 @@ def seconds_of_features(checkpoint: Path, data: Path, work: Path) -> float:
     pictures = [str(path.resolve()) for path in sorted(data.parent.glob("*.jpg"))]
     compute = computer(vision, loaded.preprocessor, torch.device("cpu"), nullcontext)
     started = time.perf_counter()
-    cache.fill([pictures[start : start + BATCH] for start in range(0, len(pictures), BATCH)], compute)
+    starts = range(0, len(pictures), BATCH)
+    groups = PictureGroups([pictures[start : start + BATCH] for start in starts], loaded.preprocessor)
+    cache.fill((stamped, compute(pixels)) for stamped, pixels in (groups[index] for index in range(len(starts))))
     return (time.perf_counter() - started) / len(pictures)
 
 

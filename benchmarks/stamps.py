@@ -48,7 +48,7 @@ def trained(work: Path, name: str, *settings: str) -> tuple[Path, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="scratch folder; 1 GB")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder; 8 GB")
     work = parser.parse_args().work
     data = work / "data"
     if not data.exists():
@@ -67,7 +67,7 @@ def main() -> None:
         rows.add(f"`{task}`, as before", metric, *(f"{found[task][metric]:.3f}" for found in kept))
     (HERE / "stamps.md").write_text(
         "# A new class for the demo checkpoint\n\n"
-        "[stamps.yaml](../training/recipes/stamps.yaml): LoRA of rank 32 on the text half, 2,000 pages with stamps in\n"
+        "[stamps.yaml](../training/recipes/stamps.yaml): LoRA of rank 32 on the text half, 4,000 pages with stamps in\n"
         f"ms-swift's format, {minutes:.0f} minutes with replay, features included. 300 unseen pages with stamps,\n"
         "1,455 unseen samples of the old tasks, free-running answers with the checkpoint's own 3 beams.\n\n"
         f"{rows}\n{environment('peft')}"

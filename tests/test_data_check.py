@@ -47,11 +47,18 @@ def found(path: Path, **options: Any) -> Report:
 
 def test_a_sound_data_set_has_no_finding(folder):
     report = found(write(folder, ("<OD>", GOOD * 2), ("<OD>", ""), ("<CAPTION>", "A cat.")), images=True)
-    assert not report.counts
+    assert report.counts == {"empty": 1}
+    assert report.messages["empty"] == ["train: train.jsonl:2: '<OD>'"]
+    assert KINDS["empty"][0] == "note"
     assert report.splits == {"train": 3}
     assert report.tasks == {"train": {"<OD>": 2, "<CAPTION>": 1}}
     assert report.labels == {"a cat": 2}
     assert report.pictures == 1
+
+
+def test_prompts_of_ones_own_are_counted_by_their_tag(folder):
+    report = found(write(folder, ("<DocVQA>What?", "x"), ("<DocVQA>Who?", "y"), ("Find it", GOOD)))
+    assert report.tasks == {"train": {"<DocVQA>": 2, "text": 1}}
 
 
 QUAD = "".join(f"<loc_{n}>" for n in (1, 2, 30, 2, 30, 40, 1, 40))
@@ -64,6 +71,9 @@ CLEAN = {
     "region": ("<REGION_TO_CATEGORY><loc_1><loc_2><loc_3><loc_4>", "cat"),
     "own prompt": ("Find the cat", GOOD),
     "own text": ("Who is it?", "a < b"),
+    "own locations": ("Find the cat", "<loc_1><loc_2><loc_3><loc_4> <loc_5><loc_6><loc_7><loc_8>"),
+    "own point": ("Point at the cat", "<loc_1><loc_2>"),
+    "ocr with <": ("<OCR_WITH_REGION>", "a < b" + QUAD),
 }
 
 
@@ -96,6 +106,7 @@ FINDINGS: dict[str, tuple[Any, str]] = {
     "no token, zeros": (("<OD>", "a<loc_1><loc_2><loc_007><loc_40>"), "<loc_007>"),
     "label": (("<OD>", "a <b" + GOOD[5:]), "'a <b'"),
     "label, empty": (("<OD>", GOOD[5:]), "an empty label"),
+    "label, line break": (("<OCR_WITH_REGION>", "two\nlines" + QUAD), r"'two\nlines'"),
     "label, own prompt": (("Find it", "a <b" + GOOD[5:]), "'a <b'"),
     "answer": (("<OD>", "a<loc_1><loc_2><loc_3><loc_4><loc_5>"), "1 shapes from 5 locations"),
     "answer, short": (("<OD>", "a<loc_1><loc_2><loc_3>"), "0 shapes from 3 locations"),
@@ -119,6 +130,23 @@ def test_findings(folder, case):
     assert KINDS[kind][1] in report.as_text()
     serious = any(KINDS[each][0] == "error" for each in report.counts)
     assert main(["data", "check", str(path), "--no-images"]) == int(serious)
+
+
+def test_findings_have_the_numbers_of_the_file(folder):
+    box = "".join(f"<{name}>{edge}</{name}>" for name, edge in zip(EDGES, (1, 2, 642, 4), strict=True))
+    xml = f"<annotation><object><name>cat</name><bndbox>{box}</bndbox></object></annotation>"
+    (folder / "p.xml").write_text(xml)
+    (message,) = found(folder).messages["outside"]
+    assert message.endswith("p.xml: xmin 1, ymin 2, xmax 642, ymax 4 in 640 x 480")
+    annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 700, 4]}
+    categories = [{"id": 1, "name": "cat"}]
+    coco = {"images": [{"id": 1, "file_name": "p.png"}], "annotations": [annotation], "categories": categories}
+    (folder / "coco.json").write_text(json.dumps(coco))
+    (message,) = found(folder / "coco.json").messages["outside"]
+    assert message.endswith("image 1: bbox [1, 2, 700, 4] in 640 x 480")
+
+
+EDGES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def test_within_a_bin_of_the_edge_is_inside(folder):
@@ -146,23 +174,23 @@ def test_broken_pictures_are_found_by_decoding_once_each(folder):
     path = write(folder, *rows)
     report = found(path, images=True)
     assert report.pictures == 3
-    assert report.counts == {"picture": 2}
+    assert report.counts == {"picture": 2, "empty": 4}
     assert "cut.png" in report.messages["picture"][0]
     assert "text.png" in report.messages["picture"][1]
-    assert not found(path).counts
+    assert found(path).counts == {"empty": 4}
 
 
 def test_the_same_picture_in_two_splits_is_a_warning(folder):
     (folder / "copy.png").write_bytes((folder / "p.png").read_bytes())
     Image.new("RGB", (5, 5)).save(folder / "other.png")
-    write(folder, ("<OD>", ""), ("<CAPTION>", "x"), name="train")
-    row = {"image": "copy.png", "prefix": "<OD>", "suffix": ""}
+    write(folder, ("<OD>", GOOD), ("<CAPTION>", "x"), name="train")
+    row = {"image": "copy.png", "prefix": "<OD>", "suffix": GOOD}
     write(folder, row, {**row, "image": "other.png"}, name="valid")
     (copied,) = found(folder, images=True).messages["leak"]
     assert re.fullmatch(r".*copy\.png is in valid and in train", copied)
     # Without reading files, only the same path is seen.
     assert not found(folder).counts
-    write(folder, ("<OD>", ""), name="valid")
+    write(folder, ("<OD>", GOOD), name="valid")
     assert found(folder).counts == {"leak": 1}
     assert main(["data", "check", str(folder), "--no-images"]) == 0
     assert main(["data", "check", str(folder), "--no-images", "--strict"]) == 1
@@ -328,6 +356,16 @@ def test_json(folder, capsys):
     assert out["warnings"] == 1
     assert out["findings"]["loose text"]["messages"] == ["train: train.jsonl:2: 'nothing'"]
     assert out["answer_tokens"]["limit"] == Lengths.read(str(CHECKPOINT)).limit
+
+
+def test_json_has_every_message(folder, capsys):
+    path = write(folder, *[("<OD>", "nothing")] * (SHOWN + 2))
+    assert main(["data", "check", str(path), "--no-images", "--json", "--html", str(folder / "page.html")]) == 0
+    messages = json.loads(capsys.readouterr().out)["findings"]["loose text"]["messages"]
+    assert messages == [f"train: train.jsonl:{number}: 'nothing'" for number in range(1, SHOWN + 3)]
+    page = (folder / "page.html").read_text()
+    assert page.count("train: train.jsonl:") == SHOWN + len(messages)
+    assert "and 2 more" in page
 
 
 def test_no_score_draws_no_number():

@@ -91,6 +91,7 @@ SWIFT_V2 = {
         "<loc_0><loc_0><loc_999><loc_999>",
         "x",
     ),
+    "a point": (v2("Point at <ref-object>", "<bbox>", [138, 136]), "Point at guy in red", loc(138, 136)),
     "no objects": (
         {"query": "<OD>", "response": "table<loc_1><loc_2><loc_3><loc_4>", "images": ["p.png"], "system": "Be brief."},
         "<OD>",
@@ -172,6 +173,10 @@ QWEN = {
         ("<img>p.png</img>Find <ref>the cat</ref>", "<ref> cat</ref><box>(1,20),(300,1000)</box> sits"),
         [("Find the cat", "cat<loc_1><loc_20><loc_300><loc_999> sits")],
     ),
+    "a quad": (
+        ("<img>p.png</img>Read it", "<ref>GO</ref><quad>(1,2), (30,4),(50,60),(7,80)</quad>"),
+        [("Read it", "GO<loc_1><loc_2><loc_30><loc_4><loc_50><loc_60><loc_7><loc_80>")],
+    ),
 }
 
 
@@ -180,6 +185,39 @@ def test_qwen_conversations(folder, said, expected):
     assert pairs(lines(folder, qwen(*said))) == expected
     # A line may be a list of one.
     assert pairs(lines(folder, json.dumps([qwen(*said)]))) == expected
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        {"images": [{"path": "p.png", "bytes": None}]},
+        {"images": None, "image": "p.png"},
+        {"image": {"path": "p.png"}},
+    ],
+)
+def test_pictures_in_other_words(folder, picture):
+    assert pairs(lines(folder, {"query": "q", "response": "a", **picture})) == [("q", "a")]
+
+
+@pytest.mark.parametrize(
+    ("picture", "listed"),
+    [({}, {"images": ["p.png"]}), ({"image": "p.png"}, {}), ({"path": "p.png"}, {})],
+)
+def test_content_in_parts(folder, picture, listed):
+    question = [{"type": "image", **picture}, {"type": "text", "text": "Find <ref>it</ref>"}]
+    answer = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    assert pairs(lines(folder, {"messages": said, **listed})) == [("Find it", "ab")]
+
+
+@pytest.mark.parametrize("token", ["<loc0123>", "<|box_start|>", "<|object_ref_start|>", "<|quad_start|>"])
+def test_locations_of_other_models_are_refused(folder, token):
+    expected = f"train.jsonl:1: {token} is another model's; write LABEL<loc_x1><loc_y1><loc_x2><loc_y2>"
+    for row in (
+        {"image": "p.png", "prefix": "<OD>", "suffix": f"{token} cat"},
+        {"query": "q", "response": f"{token} cat", "images": ["p.png"]},
+    ):
+        assert problem(lines(folder, row)).startswith(expected)
 
 
 def test_prefix_suffix_and_the_maestro_folder(folder):
@@ -207,6 +245,42 @@ def test_a_folder_of_jsonl_files_is_its_splits(folder):
     assert [split.name for split in open_data(folder)] == ["test", "train"]
 
 
+def test_a_split_that_two_files_give_is_refused(folder):
+    row = {"image": "p.png", "prefix": "<CAPTION>", "suffix": "a"}
+    lines(folder, row)
+    (folder / "train.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match=r"has the split train twice, as train\.jsonl and train\.json;"):
+        open_data(folder)
+
+
+@pytest.mark.parametrize("row", [{"query": "q", "response": "a"}, {"image": "p.png", "prefix": "q", "sufix": "a"}])
+def test_files_of_another_format_are_not_passed_over(folder, row):
+    lines(folder, {"image": "p.png", "prefix": "<CAPTION>", "suffix": "a"})
+    lines(folder, row, name="valid.jsonl")
+    (folder / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^train\.jsonl is of the format prefix, valid\.jsonl beside it is not;"):
+        open_data(folder)
+    assert [split.name for split in open_data(folder, "prefix")] == ["train"]
+
+
+def test_the_first_row_is_looked_for_once(folder, monkeypatch):
+    from florence2_training.data import formats
+
+    read: list[Path] = []
+    original = formats.rows
+    monkeypatch.setattr(formats, "rows", lambda path: read.append(path) or original(path))
+    path = folder / "train.json"
+    path.write_text(json.dumps([qwen("<img>p.png</img>q", "a")]))
+    assert [split.format for split in open_data(path)] == ["conversations"]
+    assert read == [path]
+
+
+def test_a_line_separator_is_no_end_of_a_line(folder):
+    row = {"info": "a\u2028b", "messages": [], "images": ["p.png"]}
+    path = lines(folder, json.dumps(row, ensure_ascii=False), name="train.json")
+    assert [split.format for split in open_data(path)] == ["messages"]
+
+
 def test_images_names_the_folder_paths_start_from(folder):
     (folder / "elsewhere").mkdir()
     (folder / "p.png").rename(folder / "elsewhere" / "p.png")
@@ -226,7 +300,7 @@ COCO = {
         {"id": 3, "image_id": 7, "category_id": 1, "bbox": [0, 0, 640, 480], "iscrowd": 1},
         {"id": 4, "image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4]},
     ],
-    "categories": [{"id": 1, "name": "table"}, {"id": 2, "name": "figure"}],
+    "categories": [{"id": 1, "name": "table"}, {"id": 2, "name": "figure"}, {"id": 3, "name": " "}],
 }
 COCO_ANSWER = f"table{loc(10, 20, 40, 60)}figure{loc(50.5, 60, 640, 480)}table{loc(1, 2, 4, 6)}"
 
@@ -305,9 +379,44 @@ def test_yolo_with_classes_txt(folder):
     assert pairs(root) == [("<OD>", "big dog<loc_0><loc_0><loc_999><loc_999>")]
 
 
-@pytest.mark.parametrize("labels", ["", None])
-def test_yolo_without_labels_is_an_empty_picture(folder, labels):
-    assert pairs(yolo(folder, labels, YOLO_CONFIGS["list"])) == [("<OD>", "")]
+def test_yolo_without_labels_is_an_empty_picture(folder):
+    root = yolo(folder, "", YOLO_CONFIGS["list"])
+    (root / "images" / "train" / "q.png").write_bytes((root / "images" / "train" / "p.png").read_bytes())
+    assert pairs(root) == [("<OD>", ""), ("<OD>", "")]
+
+
+def test_yolo_without_any_label_file_says_where_they_would_be(folder):
+    with pytest.raises(
+        ValueError, match=r"no picture of train has a label file; that of p\.png .*/labels/train/p\.txt"
+    ):
+        read(yolo(folder, None, YOLO_CONFIGS["list"]))
+
+
+def test_yolo_points_stand_behind_the_box(folder):
+    config = {**YOLO_CONFIGS["list"], "kpt_shape": [2, 3]}
+    root = yolo(folder, "1 0.3 0.2 0.2 0.2 0.9 0.9 2 0.8 0.8 1", config)
+    assert pairs(root) == [("<OD>", "dog<loc_200><loc_100><loc_400><loc_300>")]
+
+
+def test_yolo_messages_name_a_file_with_spaces(folder):
+    root = yolo(folder, "", YOLO_CONFIGS["list"])
+    (root / "images" / "train" / "p.png").rename(root / "images" / "train" / "my p.png")
+    (root / "labels" / "train" / "my p.txt").write_text("0 1")
+    (found,) = read(root)
+    assert isinstance(found, Problem)
+    assert (found.where, found.message[:9]) == ("my p.txt:1", "1 numbers")
+
+
+@pytest.mark.parametrize("names", [["cat", " "], ["cat", None], ["cat"]])
+def test_yolo_classes_without_a_name(folder, names):
+    config = {**YOLO_CONFIGS["list"], "names": names}
+    assert problem(yolo(folder, "1 0.5 0.5 1 1", config)).startswith("p.txt:1: class 1 has no name")
+
+
+def test_yolo_classes_txt_keeps_its_lines(folder):
+    root = yolo(folder, "2 0.5 0.5 1 1")
+    (root / "classes.txt").write_text("cat\n\nbig\u2028dog\n\n")
+    assert pairs(root) == [("<OD>", "big\u2028dog<loc_0><loc_0><loc_999><loc_999>")]
 
 
 @pytest.mark.parametrize(
@@ -352,6 +461,25 @@ def test_voc_boxes_are_counted_from_one_with_both_ends(folder):
     assert str(second).startswith("q.xml: the annotation is missing")
 
 
+def test_voc_names_may_have_spaces(folder):
+    root = voc(folder)
+    (root / "Annotations/p.xml").rename(root / "Annotations/my p 1.xml")
+    for line in ("my p 1", "my p 1  1", "my p 1 -1"):
+        (root / "ImageSets/Main/train.txt").write_text(f"{line}\n")
+        assert pairs(root) == [("<OD>", VOC_ANSWER)]
+
+
+def test_voc_pictures_may_have_upper_case_suffixes(folder):
+    root = voc(folder, VOC.replace("<filename>p.png</filename>", ""))
+    (root / "JPEGImages/p.png").rename(root / "JPEGImages/p.PNG")
+    assert pairs(root) == [("<OD>", VOC_ANSWER)]
+
+
+def test_voc_that_counts_from_zero_is_taken_as_it_is(folder):
+    root = voc(folder, VOC.replace("<ymin>1</ymin>", "<ymin>0</ymin>"))
+    assert pairs(root) == [("<OD>", f"dog{loc(1, 49, 640, 96)}cat{loc(65, 0, 128, 480)}")]
+
+
 def test_voc_beside_the_pictures_in_split_folders(folder):
     (folder / "set" / "train").mkdir(parents=True)
     (folder / "p.png").rename(folder / "set" / "train" / "p.png")
@@ -365,6 +493,7 @@ def test_voc_beside_the_pictures_in_split_folders(folder):
     [
         ('<!DOCTYPE a [<!ENTITY b "c">]>' + VOC, "p.xml: it has a DOCTYPE"),
         (VOC[:-5], "p.xml: no XML"),
+        (VOC.replace("<name>cat</name>", "<name> </name>"), "p.xml: an object has no name; name it"),
         (VOC.replace("<xmin>1</xmin>", ""), "p.xml: bndbox has no number xmin"),
         (VOC.replace("<xmin>1</xmin>", "<xmin>nan</xmin>"), "p.xml: bndbox has no number xmin"),
         (
@@ -461,6 +590,7 @@ def test_messages_that_are_no_dialogue(folder, messages, message):
         ({"bbox": [1, 2, 3]}, "coco.json:image 7: annotation 1: bbox has 4 numbers"),
         ({"bbox": None}, "coco.json:image 7: annotation 1: bbox is a list of numbers"),
         ({"image_id": [9]}, "coco.json:annotation 1: image_id [9] is in no row of images"),
+        ({"category_id": 3}, "coco.json:image 7: annotation 1: category_id 3 has an empty name"),
         ({"image_id": 9}, "coco.json:annotation 1: image_id 9 is in no row of images"),
     ],
 )

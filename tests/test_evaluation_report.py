@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT
 from florence2_training.evaluation import captions
+from florence2_training.evaluation import score as score_module
 from florence2_training.evaluation.gallery import BEST, WORST, exhibits
 from florence2_training.evaluation.group import groups
 from florence2_training.evaluation.prediction import Prediction, read_predictions, write_predictions
@@ -130,12 +131,15 @@ def test_a_picture_that_is_gone_is_left_out(tmp_path: Path) -> None:
     assert "gone.png" in page.text
 
 
-def test_many_labels_get_curves_for_some(tmp_path: Path) -> None:
+def test_many_labels_get_curves_for_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"$x_{number}" for number in range(12)]
     references = "".join(f"{name}{BOX}" for name in [*names, "_often", "_often"])
     value = {"bboxes": [TRUE], "labels": ["_often"], "scores": [0.5]}
-    page = report([Prediction(str(SCENE), SIZE, "<OD>", [references], "", {"<OD>": value})], tmp_path)
+    predictions = [Prediction(str(SCENE), SIZE, "<OD>", [references], "", {"<OD>": value})]
+    page = report(predictions, tmp_path)
     assert "10 labels of 13" in page.text
+    monkeypatch.setattr(score_module, "MOST_LABELS", 12)
+    assert "<OD>: 13 labels, AP is for at most 12." in report(predictions, tmp_path).text
     assert "_often 0.5" in page.text
 
 
@@ -196,6 +200,26 @@ def test_what_was_not_asked_is_told(data: Path, demo_export: Path, capsys: pytes
     assert "exact" in told.out
     assert "data.jsonl:3" in told.err
     assert "nowhere.png" in told.err
+
+
+def test_broken_pictures_are_not_asked_and_ten_are_named(
+    data: Path, demo_export: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data.parent / "cut.png").write_bytes(SCENE.read_bytes()[:3000])
+    with data.open("a") as file:
+        for number in range(12):
+            file.write(json.dumps({"image": "cut.png", "prefix": f"what {number}?", "suffix": "x"}) + "\n")
+    output = data.parent / "new" / "kept.jsonl"
+    asked = ["eval", str(data), "--export", str(demo_export), "--predictions", str(output)]
+    assert main([*asked, "--html", str(data.parent / "other" / "r.html")]) == 1
+    told = capsys.readouterr()
+    lines = [line for line in told.err.splitlines() if line.startswith("florence2:")]
+    assert len(lines) == 11
+    assert re.fullmatch(r"florence2: not asked: .*cut\.png, what 0\?: the image is damaged or cut short .*", lines[0])
+    assert lines[-1] == "florence2: not asked: 2 more"
+    assert "exact" in told.out
+    assert [p.references for p in read_predictions(output)] == [["star"], ["none"]]
+    assert (data.parent / "other" / "r.html").exists()
 
 
 def test_what_cannot_be_scored_is_refused_in_one_line(

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from florence2_training.data.record import Example
-from florence2_training.evaluation import captions, vqa
+from florence2_training.evaluation import captions, detection, vqa
+from florence2_training.evaluation import score as scores_of
+from florence2_training.evaluation.group import groups
 from florence2_training.evaluation.prediction import Prediction, read_predictions, write_predictions
 from florence2_training.evaluation.question import questions
-from florence2_training.evaluation.score import METRICS, score
+from florence2_training.evaluation.score import METRICS, notes, score, score_group
 from pycocoevalcap.cider.cider import Cider
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -76,11 +78,43 @@ def test_a_perfect_detection() -> None:
 
 def test_nothing_found_where_something_is_wanted() -> None:
     found = values([detected(TWO)])
-    # Of no box it can't be said how many are right.
-    assert found == {"AP": 0, "AP50": 0, "AP75": 0, "recall@0.5": 0, "F1@0.5": 0, "page_exact@0.5": 0} | {
-        "AP50[car]": 0,
-        "AP50[dog]": 0,
+    assert found == dict.fromkeys(
+        ["AP", "AP50", "AP75", "precision@0.5", "recall@0.5", "F1@0.5", "page_exact@0.5", "AP50[car]", "AP50[dog]"], 0
+    )
+
+
+def test_one_label_has_a_score_of_its_own() -> None:
+    assert values([detected(boxes(("car", A)), ("car", A))])["AP50[car]"] == 1
+
+
+def test_too_many_labels_have_no_ap_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detection, "MOST_LABELS", 1)
+    monkeypatch.setattr(scores_of, "MOST_LABELS", 1)
+    by_task = groups([detected(TWO, ("car", A), ("dog", B))], 0.5)
+    scores = score_group(by_task[0])
+    assert {one.metric: one.value for one in scores} == {
+        "precision@0.5": 1,
+        "recall@0.5": 1,
+        "F1@0.5": 1,
+        "page_exact@0.5": 1,
+        "unknown_labels": 0,
     }
+    assert notes(by_task, scores) == ["<OD>: 2 labels, AP is for at most 1"]
+    monkeypatch.undo()
+    assert notes(by_task, scores) == []
+    assert detection.MOST_LABELS == 1000
+
+
+def test_a_box_within_one_bin_can_be_found() -> None:
+    # 640 x 480: bins of 0.64 x 0.48 pixels. The answer is at the bins' centres, as the model writes it.
+    wanted = boxes(("line", (100, 200, 100, 400)), ("dot", (5, 5, 5, 5)))
+    centre = [number * side for number, side in zip((100.5, 200.5, 100.5, 400.5), (0.64, 0.48) * 2, strict=True)]
+    dot = [5.5 * 0.64, 5.5 * 0.48] * 2
+    value = {"bboxes": [centre, dot], "labels": ["line", "dot"], "scores": [0.5] * 2}
+    found = values([answered("<OD>", wanted, value, size=(640, 480))])
+    assert (found["AP"], found["recall@0.5"], found["page_exact@0.5"]) == (1, 1, 1)
+    beside = {"bboxes": [[edge + 0.64 * (at % 2 == 0) for at, edge in enumerate(dot)]], "labels": ["dot"]}
+    assert values([answered("<OD>", wanted, beside | {"scores": [0.5]}, size=(640, 480))])["recall@0.5"] == 0
 
 
 def test_nothing_wanted() -> None:
@@ -206,6 +240,7 @@ def test_region_proposals_have_no_labels() -> None:
         "F1@0.5": pytest.approx(0.4),
     }
     assert values([detected("", prompt="<REGION_PROPOSAL>")] * 2 + [detected(both, prompt="<REGION_PROPOSAL>")]) == {
+        "precision@0.5": 0,
         "recall@0.5": 0,
         "F1@0.5": 0,
     }
@@ -334,6 +369,11 @@ def test_reading() -> None:
     assert read(("cat", "dog"), prompt="<REGION_TO_CATEGORY><loc_1><loc_1><loc_9><loc_9>") == {"exact": 0}
 
 
+def test_words_end_at_any_white_space() -> None:
+    assert read(("one two\tthree", "one\ntwo three"))["WER"] == 0
+    assert read(("one\nten", "one\ntwo"))["WER"] == 0.5
+
+
 def test_reading_takes_the_nearest_reference() -> None:
     found = values([answered("<OCR>", ["something else", "stop"], "stop")])
     assert found == {"CER": 0, "WER": 0, "NED": 0, "exact": 1}
@@ -456,6 +496,40 @@ def test_open_vocabulary_detection_is_boxes_or_masks() -> None:
     assert values([answered(prompt, reference, value)]) == {"mIoU": 1, "cIoU": 1}
     both = score([answered(prompt, boxes(("a car", A)), box | none), answered(prompt, reference, value)])
     assert {s.task for s in both} == {"<OPEN_VOCABULARY_DETECTION>", "<OPEN_VOCABULARY_DETECTION> segmentation"}
+    # The other kind of shape has found nothing.
+    assert values([answered(prompt, reference, box | none)]) == {"mIoU": 0, "cIoU": 0}
+    outlined = values([answered(prompt, boxes(("a car", A)), value)])
+    assert (outlined["AP"], outlined["precision@0.5"], outlined["recall@0.5"]) == (0, 0, 0)
+
+
+def test_bare_locations_answer_a_prompt_of_ones_own() -> None:
+    def own(prompt: str, reference: str, text: str, regions: dict[str, Any] | None = None) -> Prediction:
+        return Prediction("a.png", SIZE, prompt, [reference], f"</s><s>{text}</s>", {prompt: text}, regions)
+
+    one, both = boxes(("", A)), boxes(("", A), ("", B))
+    sure = {"bboxes": [list(B), list(A)], "labels": ["that", "this"], "scores": [0.2, 0.8]}
+    found = {
+        s.name: (s.value, s.count)
+        for s in score(
+            [
+                # What the answer calls the box is not asked.
+                own("Find the car", one, "that" + boxes(("", B)) + "this" + one, sure),
+                own("Find the dog", one, boxes(("", B))),
+                own("Find the cat", one, "no cat"),
+                own("Find the cars", both, both),
+            ]
+        )
+    }
+    # Of five wanted boxes three are found, by five.
+    assert found == {
+        "locations precision@0.5": (pytest.approx(3 / 5), 4),
+        "locations recall@0.5": (pytest.approx(3 / 5), 4),
+        "locations F1@0.5": (pytest.approx(3 / 5), 4),
+        "locations accuracy@0.5": (pytest.approx(1 / 3), 3),
+    }
+    # Two locations are a point, and text.
+    assert values([own("Point at it", "<loc_1><loc_2>", "<loc_1><loc_2>")]) == {"ANLS": 1, "exact": 1}
+    assert score([own("<Find>a", "", "", None), own("<Find>b", one, one)])[0].name == "<Find> precision@0.5"
 
 
 def test_every_metric_says_which_way_is_better() -> None:

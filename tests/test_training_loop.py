@@ -26,7 +26,7 @@ from florence2_training import checkpoints, loop, parts
 from florence2_training import features as features_module
 from florence2_training.adapters import add_adapters
 from florence2_training.checkpoints import Progress
-from florence2_training.features import FeatureCache, computer, normalised, open_cache
+from florence2_training.features import FeatureCache, PictureGroups, computer, normalised, open_cache
 from florence2_training.learner import IGNORED, Florence2Learner, checkpoint_activations
 from florence2_training.order import Batch
 from florence2_training.recipe import PARTS, Lora, Recipe, Source, save_recipe
@@ -382,7 +382,7 @@ def test_the_folder_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: py
     for other, message in refused:
         with pytest.raises(ValueError, match=f"is a run of another recipe.*{message}.*give another output_dir"):
             train(other)
-    train(replace(recipe, features_dir=str(tmp_path / "features")))
+    train(replace(recipe, features_dir=str(tmp_path / "features"), logging_steps=2, save_steps=7, save_total_limit=1))
     # A run that was moved, and started from elsewhere.
     shutil.move(tmp_path / "run", tmp_path / "moved")
     train(replace(recipe, output_dir=str(tmp_path / "moved")))
@@ -390,6 +390,76 @@ def test_the_folder_of_another_recipe_is_refused(tmp_path: Path, monkeypatch: py
     (tmp_path / "occupied" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="occupied exists and is not a run; give another output_dir, or remove it"):
         train(replace(recipe, output_dir=str(tmp_path / "occupied")))
+
+
+def test_a_recipe_that_came_to_nothing_can_be_mended(tmp_path: Path) -> None:
+    recipe = runs.recipe(tmp_path, method="lora", lora=Lora(targets=["nothing"]))
+    with pytest.raises(ValueError, match="matches no linear layer"):
+        train(recipe)
+    assert train(replace(recipe, lora=Lora())).step == 3
+
+
+def test_a_run_goes_on_with_what_it_began_with(tmp_path: Path) -> None:
+    recipe = runs.recipe(tmp_path, method="lora")
+    train(recipe)
+    begun = (tmp_path / "run" / "run.json").read_bytes()
+    runs.lines(tmp_path / "train.jsonl", runs.SAMPLES[:-1])
+    with pytest.raises(ValueError, match=r"was begun with another data, see its run\.json; bring that back, or"):
+        train(recipe)
+    runs.lines(tmp_path / "train.jsonl")
+    runs.native(tmp_path / "model", seed=1)
+    with pytest.raises(ValueError, match="was begun with another sha256 and frozen_sha256, "):
+        train(recipe)
+    assert (tmp_path / "run" / "run.json").read_bytes() == begun
+
+
+def test_a_folder_is_trained_in_once_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, step = runs.recipe(tmp_path, max_steps=1), loop._step
+
+    def twice(*arguments: Any) -> Any:
+        with pytest.raises(ValueError, match=r"another process trains in .*run; wait for it, or give another"):
+            train(recipe)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", twice)
+    assert train(recipe).step == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr_scheduler_type": "cosinus"}, "lr_scheduler_type cosinus: "),
+        ({"lr_scheduler_kwargs": {"num_circles": 2}}, "lr_scheduler_type cosine: .*num_circles"),
+        (
+            {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            "goes by a metric; take one that goes by steps",
+        ),
+        ({"learning_rates": {"vision": 1e-6}}, "learning_rates names vision, which is not trained"),
+        ({"task_weights": {"<OCR_WITH_REGION>": 2.0}}, "the data has no <OCR_WITH_REGION>"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_features_are_computed(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(runs.recipe(tmp_path, **{"freeze": ["vision"], **given}))
+    assert not (tmp_path / "run" / "features").exists()
+
+
+def test_what_goes_wrong_in_a_worker_is_said_in_one_line(tmp_path: Path) -> None:
+    recipe = runs.recipe(tmp_path, dataloader_num_workers=1)
+    picture = runs.pictures(tmp_path / "pictures")[0]
+    picture.write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"\A.*0\.png: .*; `florence2 data check` finds all such pictures\Z"):
+        train(recipe)
+
+
+def test_rates_of_parts_are_logged(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"freeze": ["embeddings", "projector"], "learning_rates": {"vision": 1e-4}}
+    train(runs.recipe(tmp_path, max_steps=1, lr_scheduler_type="constant", **given))
+    (line,) = runs.log(tmp_path / "run")
+    rates = {name: value for name, value in line.items() if name.startswith("learning_rate")}
+    assert rates == {"learning_rate[vision]": 1e-4, "learning_rate[encoder]": 1e-3, "learning_rate[decoder]": 1e-3}
 
 
 def test_a_relative_path_like_a_folder_of_the_run_is_the_same_recipe(
@@ -476,8 +546,8 @@ def test_a_checkpoint_holds_what_it_was_given(tmp_path: Path) -> None:
     progress = Progress(12, 0.5, 8, 1, {4: {"loss": 1.0}, 8: {"loss": 0.5}}, True)
     folder = saved(tmp_path, 12, progress)
     assert folder == tmp_path / "checkpoint-0000012"
-    found, states, processes = checkpoints.load_states(folder)
-    assert found == progress
+    states, processes = checkpoints.load_states(folder)
+    assert checkpoints.load_progress(folder) == progress
     assert torch.equal(states["a"], torch.ones(3))
     assert processes == [12]
     saved(tmp_path, 3)
@@ -493,6 +563,7 @@ def test_a_damaged_checkpoint_is_none(tmp_path: Path) -> None:
         for damaged in (content[:-1], content[: len(content) // 2], b"", bytes([content[0] ^ 1]) + content[1:]):
             (last / name).write_bytes(damaged)
             assert checkpoints.whole_checkpoints(tmp_path) == [first], name
+            assert checkpoints.newest_whole(tmp_path) == first
         (last / name).unlink()
         assert checkpoints.whole_checkpoints(tmp_path) == [first], name
         (last / name).write_bytes(content)
@@ -670,10 +741,14 @@ def test_gradients_that_are_no_numbers_reach_no_checkpoint(tmp_path: Path, monke
 # --- validation ---
 
 
+UNKNOWN = "<OD> unknown_labels"
+"""A metric that is best where it is low."""
+
+
 def judged(folder: Path, monkeypatch: pytest.MonkeyPatch, values: list[float], **given: Any) -> Progress:
     """A run whose validations give `values`."""
     left = iter(values)
-    monkeypatch.setattr(Judge, "_answers", lambda self: {"<OD> AP50": next(left), "CER": next(left)})
+    monkeypatch.setattr(Judge, "_answers", lambda self: {"<OD> AP50": next(left), UNKNOWN: next(left)})
     monkeypatch.setattr(Judge, "higher_is_better", lambda self, name: name == "<OD> AP50")
     data = runs.lines(folder / "validation.jsonl", runs.SAMPLES[:2])
     settings: dict[str, Any] = {"eval_steps": 1, "save_total_limit": 1, "max_steps": 5, **given}
@@ -688,17 +763,30 @@ def test_the_best_is_the_highest_or_the_lowest(tmp_path: Path, monkeypatch: pyte
     values = [0.1, 0.9, 0.8, 0.3, 0.8, 0.2, 0.5, 0.5, 0.4, 0.7]
     high = judged(tmp_path / "high", monkeypatch, values, metric_for_best_model="<OD> AP50")
     assert (high.best, high.best_step, kept(tmp_path / "high" / "run")) == (0.8, 2, [2, 5])
-    low = judged(tmp_path / "low", monkeypatch, values, metric_for_best_model="CER")
+    low = judged(tmp_path / "low", monkeypatch, values, metric_for_best_model=UNKNOWN)
     assert (low.best, low.best_step, kept(tmp_path / "low" / "run")) == (0.2, 3, [3, 5])
-    assert low.scores[4]["CER"] == 0.5
-    assert low.scores[4].keys() == {"loss", "<OD> AP50", "CER"}
+    assert low.scores[4][UNKNOWN] == 0.5
+    assert low.scores[4].keys() == {"loss", "<OD> AP50", UNKNOWN}
 
 
 def test_a_metric_that_is_not_there_is_refused_with_those_that_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"metric_for_best_model 'mAP' is not among .*: loss, <OD> AP50, CER"):
-        judged(tmp_path, monkeypatch, [0.1, 0.2], metric_for_best_model="mAP")
+    with pytest.raises(ValueError, match=r"metric_for_best_model 'mAP' is not among those .*: .*<OD> AP50, "):
+        judged(tmp_path, monkeypatch, [], metric_for_best_model="mAP")
+    # Before anything was trained: the recipe can be mended.
+    assert judged(tmp_path, monkeypatch, [0.1] * 10, metric_for_best_model="<OD> AP50").best == 0.1
+
+
+def test_a_metric_that_the_answers_leave_undefined_is_no_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([{}, {"<OD> precision@0.5": 0.5}, {}])
+    monkeypatch.setattr(Judge, "_answers", lambda self: next(answers))
+    data = runs.lines(tmp_path / "validation.jsonl", runs.SAMPLES[:2])
+    given: dict[str, Any] = {"eval_steps": 1, "metric_for_best_model": "<OD> precision@0.5"}
+    progress = train(runs.recipe(tmp_path, validation=[Source(data=str(data))], **given))
+    assert (progress.best, progress.best_step, progress.validations_without_better) == (0.5, 2, 1)
 
 
 def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -902,7 +990,8 @@ def filled(checkpoint: Any, folder: Path, pictures: list[str]) -> FeatureCache:
     compute = computer(
         tower, checkpoint.preprocessor, torch.device("cpu"), lambda: torch.autocast("cpu", enabled=False)
     )
-    cache.fill([cache.missing(pictures)], compute)
+    stamped, pixels = PictureGroups([cache.missing(pictures)], checkpoint.preprocessor)[0]
+    cache.fill([(stamped, compute(pixels))])
     return cache
 
 
@@ -1012,7 +1101,8 @@ def test_bf16_features_are_kept_bit_by_bit(tmp_path: Path) -> None:
     picture = str(runs.pictures(tmp_path / "pictures", 1)[0])
     values = torch.randn(1, 3, 2, 2).bfloat16()
     cache = FeatureCache(tmp_path / "features", (3, 2, 2), torch.bfloat16)
-    cache.fill([[picture]], lambda pictures: values.float())
+    stamped, _ = PictureGroups([[picture]], runs.loaded(tmp_path / "model").preprocessor)[0]
+    cache.fill([(stamped, values.float())])
     assert torch.equal(cache.read([picture, picture]), values.expand(2, -1, -1, -1))
 
 
@@ -1048,9 +1138,9 @@ def test_two_processes_are_one_with_twice_the_batch(two_processes: tuple[Path, s
     assert_close(runs.weights(folder / "two"), runs.weights(folder / "one"))
     logs = [[line.get("loss") for line in runs.log(folder / name)] for name in ("one", "two")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
-    found, _, processes = checkpoints.load_states(sorted((folder / "two").glob("checkpoint-*"))[-1])
-    assert len(processes) == 2
-    assert found.scores[6]["loss"] == pytest.approx(one.scores[6]["loss"], rel=1e-5)
+    last = sorted((folder / "two").glob("checkpoint-*"))[-1]
+    assert len(checkpoints.load_states(last)[1]) == 2
+    assert checkpoints.load_progress(last).scores[6]["loss"] == pytest.approx(one.scores[6]["loss"], rel=1e-5)
     assert (folder / "two" / "data" / "1" / "train.jsonl").exists()
     with pytest.raises(ValueError, match="is of a run on 2 processes; go on with as many, or start in another folder"):
         train(split_recipe(folder, "two", 2))

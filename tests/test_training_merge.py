@@ -173,6 +173,10 @@ def test_a_run_gives_its_best_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     damaged.write_bytes(damaged.read_bytes()[:-1])
     with pytest.raises(ValueError, match="checkpoint-0000003 is damaged; give another checkpoint of its run"):
         merge(run / "checkpoint-0000003", tmp_path / "none")
+    best_weights = run / "checkpoint-0000002" / WEIGHTS
+    best_weights.write_bytes(best_weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="checkpoint-0000002, the best, is missing or damaged; to merge another, give"):
+        merge(run, tmp_path / "none")
     for folder in checkpoints.whole_checkpoints(run):
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="has no whole checkpoint yet; `florence2 train` goes on where it stopped"):
@@ -390,12 +394,45 @@ def test_another_base_is_refused_by_name(native: Path, tmp_path: Path) -> None:
         merge(tmp_path / "adapter", tmp_path / "merged")
 
 
+def test_a_base_that_changed_since_the_run_is_refused(tmp_path: Path) -> None:
+    train(runs.recipe(tmp_path, method="lora", max_steps=1))
+    config = tmp_path / "run" / "checkpoint-0000001" / CONFIG
+    make.edit_json(config, lambda content: content.update(revision="abc"))
+    base = str(tmp_path / "model")
+    given: list[tuple[str, str | None]] = []
+
+    def load(name: str, revision: str | None = None) -> Any:
+        given.append((name, revision))
+        return load_checkpoint(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("florence2_training.merge.load_checkpoint", load)
+        merge(tmp_path / "run", tmp_path / "merged")
+    assert given[0] == (base, "abc")
+    runs.native(tmp_path / "model", seed=1)
+    with pytest.raises(ValueError, match="is not what the run was trained from any more; bring that back, or give"):
+        merge(tmp_path / "run", tmp_path / "again")
+    assert merge(tmp_path / "run", tmp_path / "again", base=base).samples == 4
+
+
+def test_settings_of_generation_are_saved_as_they_were_read(native: Path, tmp_path: Path) -> None:
+    # transformers reads beams' settings with one beam, but refuses to save them.
+    folder = make.copy_of(native, tmp_path / "greedy")
+    make.edit_json(folder / "generation_config.json", lambda config: config.update(num_beams=1, early_stopping=True))
+    merge(folder, tmp_path / "merged")
+    read = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert (read["num_beams"], read["early_stopping"]) == (1, True)
+    assert load_checkpoint(str(tmp_path / "merged")).generation == load_checkpoint(str(folder)).generation
+
+
 def test_what_is_no_lora_is_refused(native: Path, tmp_path: Path) -> None:
     adapter(native, tmp_path / "adapter", Lora(r=4))
     for change, message in (
         ({"peft_type": "IA3"}, "peft_type IA3; only LoRA"),
         ({"bias": "all"}, "bias 'all' is trained, too"),
         ({"base_model_name_or_path": None}, "names no base model; give it with --base"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base, too"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changed the base, too"),
     ):
         folder = make.copy_of(tmp_path / "adapter", tmp_path / f"changed-{next(iter(change))}")
         make.edit_json(folder / CONFIG, lambda config, change=change: config.update(change))

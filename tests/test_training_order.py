@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import runs
 from florence2_export.checkpoint import Checkpoint
-from florence2_training.corpus import Corpus, draw_epoch, read_corpus, task_of
+from florence2_training.corpus import Corpus, draw_epoch, read_corpus
+from florence2_training.data.parsing import name_of
 from florence2_training.order import Batch, share_of, steps_of, steps_of_all
 from florence2_training.recipe import Source
 from numpy.typing import NDArray
@@ -33,7 +34,8 @@ def corpus_of(tasks: list[int], folder: Path = Path(), names: str = "abcdef") ->
         np.arange(count, dtype=np.int32),
         [f"<{name}>" for name in names[: max(tasks) + 1]],
         [f"{index}.png" for index in range(count)],
-        "",
+        sha256="",
+        repeating=0,
     )
 
 
@@ -50,7 +52,7 @@ def test_samples_are_read_as_they_are(checkpoint: Checkpoint, tmp_path: Path) ->
             assert (str(one.image), one.prefix, one.suffix) == (names[picture], prompt, answer)
         assert corpus.lengths[index] == len(checkpoint.tokenizer.encode(answer).ids)
         assert corpus.picture_files[corpus.pictures[index]] == names[picture]
-        assert corpus.task_names[corpus.tasks[index]] == task_of(prompt)
+        assert corpus.task_names[corpus.tasks[index]] == name_of(prompt)
     assert corpus.task_names == ["<CAPTION>", "<OD>", "text", "<OCR>"]
     assert corpus.sha256 == runs.corpus(checkpoint, tmp_path).sha256
     assert corpus.sha256 != runs.corpus(checkpoint, tmp_path, runs.SAMPLES[1:]).sha256
@@ -77,7 +79,7 @@ def test_samples_outside_ascii_are_found_again(checkpoint: Checkpoint, tmp_path:
     ],
 )
 def test_the_task_of_a_prompt(prompt: str, task: str) -> None:
-    assert task_of(prompt) == task
+    assert name_of(prompt) == task
 
 
 def test_problems_are_named_with_file_and_line(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -161,6 +161,10 @@ FULL = WHOLE | {"method": "full"}
             for name in ("num_train_epochs", "learning_rate", "max_grad_norm")
         ),
         (WHOLE | {"learning_rate": float("nan")}, "learning_rate is more than 0"),
+        (WHOLE | {"warmup_ratio": 5.0}, "warmup_ratio is a part, from 0 to below 1, not 5.0"),
+        (WHOLE | {"lora": Lora(dropout=-0.1)}, "lora.dropout is a part, from 0 to below 1, not -0.1"),
+        (WHOLE | {"weight_decay": -0.1}, "weight_decay is from 0 on, not -0.1"),
+        (WHOLE | {"dataloader_num_workers": -1}, "dataloader_num_workers is from 0 on, not -1"),
         (WHOLE | {"task_weights": {"<OD>": -1.0}}, "task_weights: <OD> is from 0 on, not -1.0"),
         (WHOLE | {"task_weights": {"<OD>": float("nan")}}, "task_weights: <OD>"),
         (WHOLE | {"metric_for_best_model": "<OD> AP50"}, "judges by validation, but has no validation data"),

@@ -37,7 +37,7 @@ def _check_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--html", type=Path, metavar="FILE", help="write a page of samples with their boxes drawn")
     command.add_argument("--samples", type=int, default=24, metavar="N", help="samples on the page; default 24")
     command.add_argument("--seed", type=int, default=0, help="which samples; default 0")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--json", action="store_true", help="print JSON, with every finding in words")
     command.add_argument("--strict", action="store_true", help="warnings, too, make the exit code 1")
 
 
@@ -65,7 +65,8 @@ def _check(args: argparse.Namespace) -> int:
 
     lengths = Lengths.read(args.checkpoint) if args.checkpoint else None
     splits = [split for path in args.data for split in open_data(path, args.format, args.images)]
-    report, shown = check(splits, lengths, not args.no_images, args.samples if args.html else 0, args.seed)
+    samples = args.samples if args.html else 0
+    report, shown = check(splits, lengths, not args.no_images, samples, args.seed, every_message=args.json)
     print(json.dumps(report.as_json(), indent=2) if args.json else report.as_text())
     if args.html:
         write_page(args.html, report, shown)

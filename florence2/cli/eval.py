@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from florence2_training.data.record import Example
+    from florence2_training.data.record import Example, Problem
     from florence2_training.evaluation.models import Model
     from florence2_training.evaluation.prediction import Prediction
     from florence2_training.evaluation.score import Score
 
 EXTRA = "train"
+_SHOWN = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,17 +43,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from florence2_training.evaluation.group import groups
-    from florence2_training.evaluation.score import score_group
+    from florence2_training.evaluation.score import notes, score_group
 
-    unusable: list[str] = []
+    for output in filter(None, (args.predictions, args.html)):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    unusable: list[Problem] = []
     predictions = _predictions(args, unusable)
-    for problem in unusable:
+    for problem in unusable[:_SHOWN]:
         print(f"florence2: not asked: {problem}", file=sys.stderr)
+    if len(unusable) > _SHOWN:
+        print(f"florence2: not asked: {len(unusable) - _SHOWN} more", file=sys.stderr)
     if not predictions:
         raise ValueError(f"{args.data} holds nothing to score")
     by_task = groups(predictions, args.iou)
     scores = [score for group in by_task for score in score_group(group)]
     print(_json(scores) if args.json else _table(scores))
+    for note in notes(by_task, scores):
+        print(note, file=sys.stderr if args.json else sys.stdout)
     if args.html:
         from florence2_training.evaluation.report import write_report
 
@@ -60,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if unusable else 0
 
 
-def _predictions(args: argparse.Namespace, unusable: list[str]) -> list["Prediction"]:
+def _predictions(args: argparse.Namespace, unusable: list["Problem"]) -> list["Prediction"]:
     from florence2_training.evaluation.prediction import read_predictions, write_predictions
+    from florence2_training.evaluation.question import questions
     from tqdm import tqdm
 
     if not (args.checkpoint or args.export or args.url):
@@ -74,7 +82,7 @@ def _predictions(args: argparse.Namespace, unusable: list[str]) -> list["Predict
     answered: list[Prediction] = []
 
     def answers() -> Iterator["Prediction"]:
-        found = _model(args).predict(asked, args.limit)
+        found = _model(args).predict(questions(asked, args.limit), unusable.append)
         for prediction in tqdm(found, total=args.limit, unit="answer", disable=None):
             answered.append(prediction)
             yield prediction
@@ -88,7 +96,7 @@ def _predictions(args: argparse.Namespace, unusable: list[str]) -> list["Predict
     return answered
 
 
-def _examples(args: argparse.Namespace, unusable: list[str]) -> Iterator["Example"]:
+def _examples(args: argparse.Namespace, unusable: list["Problem"]) -> Iterator["Example"]:
     from florence2_training.data.formats import examples, open_data
     from florence2_training.data.record import Problem
 
@@ -102,7 +110,7 @@ def _examples(args: argparse.Namespace, unusable: list[str]) -> Iterator["Exampl
     def usable() -> Iterator["Example"]:
         for example in examples(splits[name]):
             if isinstance(example, Problem):
-                unusable.append(str(example))
+                unusable.append(example)
             else:
                 yield example
 
@@ -125,18 +133,13 @@ def _model(args: argparse.Namespace) -> "Model":
 
 
 def _table(scores: list["Score"]) -> str:
-    from florence2_training.evaluation.score import NOT_COMPARABLE
-
     rows = [("task", "metric", "value", "questions")]
     rows += [(one.task, one.metric, f"{one.value:.4f}", str(one.count)) for one in scores]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
+    return "\n".join(
         f"{task:{widths[0]}}  {metric:{widths[1]}}  {value:>{widths[2]}}  {count:>{widths[3]}}"
         for task, metric, value, count in rows
-    ]
-    if any(one.metric.endswith("-nojava") for one in scores):
-        lines.append(f"-nojava: {NOT_COMPARABLE}")
-    return "\n".join(lines)
+    )
 
 
 def _json(scores: list["Score"]) -> str:

@@ -35,11 +35,19 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from florence2_training.dry_run import dry_run
 
-        print(dry_run(recipe))
+        _say(dry_run(recipe))
         return 0
     from florence2_training.train import train
 
     progress = train(recipe)
     best = "" if progress.best is None else f", best {recipe.metric_for_best_model} {progress.best:.4f} at step "
-    print(f"{recipe.output_dir}: step {progress.step}{best}{progress.best_step if best else ''}")
+    _say(f"{recipe.output_dir}: step {progress.step}{best}{progress.best_step if best else ''}")
     return 0
+
+
+def _say(text: str) -> None:
+    """Once, however many processes."""
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(text)

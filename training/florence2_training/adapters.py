@@ -27,8 +27,9 @@ _SAVED = re.compile(r"^(?:base_model\.model\.)?(.+?)\.(?:modules_to_save\.)?(wei
 _HEAD = "lm_head"
 
 
-def add_adapters(model: Any, lora: Lora, base: str) -> Any:
-    """Puts adapters into `model`, in place, and freezes the rest -> peft's view. `base`: for its file."""
+def add_adapters(model: Any, lora: Lora, base: str, revision: str | None = None) -> Any:
+    """Puts adapters into `model`, in place, and freezes the rest -> peft's view. `base` and its `revision` are named in
+    the adapter's file."""
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -42,7 +43,7 @@ def add_adapters(model: Any, lora: Lora, base: str) -> Any:
     with warnings.catch_warnings():
         # peft asks transformers in a way that will end with its version 6.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, revision=revision)
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -84,12 +85,16 @@ def load_adapter(model: Any, folder: Path) -> Any:
     return adapted
 
 
-_KEPT = ("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out", "bias")
+_KEPT = ("r", "lora_alpha", "use_rslora", "use_dora", "fan_in_fan_out")
 
 
-def base_of(folder: Path) -> str | None:
-    """The checkpoint that the adapter says it belongs to."""
-    return json.loads((folder / CONFIG).read_text()).get("base_model_name_or_path")
+_INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+def base_of(folder: Path) -> tuple[str | None, str | None]:
+    """The checkpoint that the adapter says it belongs to, and its revision."""
+    config = json.loads((folder / CONFIG).read_text())
+    return config.get("base_model_name_or_path"), config.get("revision")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -106,6 +111,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{folder / CONFIG}: peft_type {config['peft_type']}; only LoRA (and DoRA) can be merged")
     if config.get("bias", "none") != "none":
         raise CheckpointError(f'{folder / CONFIG}: bias {config["bias"]!r} is trained, too; only "none" can be merged')
+    init = config.get("init_lora_weights")
+    if init not in _INITS_THAT_KEEP_THE_BASE:
+        raise CheckpointError(
+            f"{folder / CONFIG}: init_lora_weights {init!r} changed the base, too, and the adapter doesn't hold how; "
+            "save it with peft's save_pretrained(path_initial_model_for_weight_conversion=...), then merge that"
+        )
     return config, {name: tensor.float() for name, tensor in state.items()}
 
 

@@ -39,15 +39,30 @@ def folder_of(run: Path, step: int) -> Path:
 
 def whole_checkpoints(run: Path) -> list[Path]:
     """Oldest first. One that was broken off or damaged is not among them."""
-    found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
-    return [path for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2])) if is_whole(path)]
+    return [path for path in _checkpoints(run) if is_whole(path)]
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest that is neither broken off nor damaged; those before it are not read."""
+    return next((path for path in reversed(_checkpoints(run)) if is_whole(path)), None)
 
 
 def is_whole(folder: Path) -> bool:
     """Every file as long as it was written, and with the same bytes."""
+    return _matches(folder, _describe)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    found = [path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _matches(folder: Path, describe: Callable[[Path], dict[str, Any]]) -> bool:
     try:
         files = json.loads((folder / _COMPLETE).read_text())["files"]
-        return _STATE in files and all(_describe(folder / name) == described for name, described in files.items())
+        return _STATE in files and all(
+            describe(folder / name).items() <= described.items() for name, described in files.items()
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -74,7 +89,7 @@ def save_checkpoint(
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
         _force_to_disk(run)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors raise errors of their own for a full disk.
         shutil.rmtree(scratch, ignore_errors=True)
         raise OSError(
@@ -84,16 +99,20 @@ def save_checkpoint(
     return folder
 
 
-def load_states(folder: Path) -> tuple[Progress, dict[str, Any], list[Any]]:
+def load_states(folder: Path) -> tuple[dict[str, Any], list[Any]]:
     saved = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
+    return saved["states"], saved["processes"]
+
+
+def load_progress(folder: Path) -> Progress:
     fields = json.loads((folder / "progress.json").read_text())
     fields["scores"] = {int(step): scores for step, scores in fields["scores"].items()}
-    return Progress(**fields), saved["states"], saved["processes"]
+    return Progress(**fields)
 
 
 def prune(run: Path, keep: int, best_step: int | None) -> None:
-    """All but the last `keep`, and the best."""
-    folders = whole_checkpoints(run)
+    """All but the last `keep`, and the best. Files are told by their lengths: their bytes take long to read."""
+    folders = [path for path in _checkpoints(run) if _matches(path, _length)]
     for folder in folders[: max(len(folders) - keep, 0)]:
         if best_step is None or folder != folder_of(run, best_step):
             shutil.rmtree(folder)
@@ -106,7 +125,7 @@ def random_states() -> dict[str, Any]:
         # As numbers: an array would have to be unpickled.
         "numpy": (name, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -114,8 +133,12 @@ def restore_random_states(states: dict[str, Any]) -> None:
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _length(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size}
 
 
 def _describe(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,9 @@ from tqdm import tqdm
 
 from florence2.errors import InvalidRequest
 from florence2.prompts import PromptEncoder
-from florence2.tasks import TASKS
 from florence2_training.data.checkpoint import repeats
 from florence2_training.data.formats import Split, examples, open_data
+from florence2_training.data.parsing import name_of
 from florence2_training.data.record import Example, Problem
 from florence2_training.recipe import Source
 
@@ -88,8 +89,9 @@ class Corpus:
         return Example(Path(line["image"]), line["prefix"], line["suffix"], f"{self.file.name}:{index + 1}")
 
 
-def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: int | None = None) -> Corpus:
-    """Reads the sources into `file`. Raises ValueError, naming some, if there are samples that can't be used."""
+def read_corpus(sources: Sequence[Source], tokens: Tokens, file: Path, limit: int | None = None) -> Corpus:
+    """Reads the sources into `file`: all, or the first of each, `limit` together. Raises ValueError, naming some, if
+    there are samples that can't be used."""
     columns: list[tuple[int, int, int, int]] = []
     tasks: dict[str, int] = {}
     pictures: dict[str, int] = {}
@@ -98,9 +100,8 @@ def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: in
     repeating = 0
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as out:
-        for found in tqdm(_all_examples(sources), f"reading {file.stem}", unit=" samples", leave=False, disable=None):
-            if limit is not None and len(columns) >= limit:
-                break
+        found_all = _all_examples(sources, limit)
+        for found in tqdm(found_all, f"reading {file.stem}", unit=" samples", leave=False, disable=None):
             example = found if isinstance(found, Problem) else _usable(found, tokens)
             if isinstance(example, Problem):
                 problems.append(str(example))
@@ -115,7 +116,7 @@ def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: in
                 (
                     out.tell(),
                     len(answer),
-                    tasks.setdefault(task_of(example.prefix), len(tasks)),
+                    tasks.setdefault(name_of(example.prefix), len(tasks)),
                     pictures.setdefault(image, len(pictures)),
                 )
             )
@@ -125,7 +126,7 @@ def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: in
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         raise ValueError(
             f"{len(problems)} samples can't be used: {'; '.join(problems[:_SHOWN])}{more}. "
-            "`florence2 data check` lists them all"
+            "`florence2 data check --json` lists them all"
         )
     if not columns:
         raise ValueError(f"no samples in {', '.join(source.data for source in sources)}")
@@ -143,18 +144,10 @@ def read_corpus(sources: Iterable[Source], tokens: Tokens, file: Path, limit: in
     )
 
 
-def task_of(prompt: str) -> str:
-    """The task token, a leading tag such as `<DocVQA>`, or "text"."""
-    for token in TASKS:
-        if token in prompt:
-            return token
-    end = prompt.find(">")
-    return prompt[: end + 1] if prompt.startswith("<") and end > 0 and not prompt.startswith("<loc_") else "text"
-
-
-def _all_examples(sources: Iterable[Source]) -> Iterable[Example | Problem]:
-    for source in sources:
-        yield from examples(_split_of(source))
+def _all_examples(sources: Sequence[Source], limit: int | None) -> Iterable[Example | Problem]:
+    for place, source in enumerate(sources):
+        share = None if limit is None else (limit + place) // len(sources)
+        yield from islice(examples(_split_of(source)), share)
 
 
 def _split_of(source: Source) -> Split:

@@ -12,7 +12,7 @@ from florence2_training import parts
 from florence2_training.learner import IGNORED, Florence2Learner
 from florence2_training.order import Batch
 from florence2_training.recipe import Recipe
-from florence2_training.train import Training
+from florence2_training.train import Training, precision
 
 _SHOWN = 8
 
@@ -20,15 +20,15 @@ _SHOWN = 8
 def dry_run(recipe: Recipe) -> str:
     """Reads model and data as a run would and sends its first and its longest batch through the model. Nothing is
     trained and nothing is kept."""
-    recipe.cache_features = False
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=precision(recipe))
     with TemporaryDirectory() as folder:
         training = Training.prepare(recipe, Path(folder), accelerator)
         steps = training.epoch(accelerator)(0)
         size = recipe.per_device_train_batch_size
         first = training.batches[Batch(steps[0][:size])]
         longest = max(steps, key=lambda step: max(training.lengths[step]))
-        memory = _memory(training, training.batches[Batch(longest[:size])])
+        longest = sorted(longest, key=lambda sample: -training.lengths[sample])[:size]
+        memory = _memory(training, training.batches[Batch(longest)], accelerator)
     lines = [
         f"{sum(map(len, steps))} samples an epoch in {len(steps)} steps of up to {len(steps[0])}",
         "",
@@ -63,12 +63,12 @@ def _parameters(training: Training) -> Iterator[str]:
     yield f"  {'all':<10} {trained:>12,} of {total:>13,}  {trained / total:.2%}"
 
 
-def _memory(training: Training, batch: dict[str, Any]) -> Iterator[str]:
+def _memory(training: Training, batch: dict[str, Any], accelerator: Accelerator) -> Iterator[str]:
     parameters = list(training.model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     # A gradient and AdamW's two moments, in fp32.
     states = sum(12 * parameter.numel() for parameter in parameters if parameter.requires_grad)
-    kept = _kept_for_backward(training, batch)
+    kept = _kept_for_backward(training, batch, accelerator)
     yield "memory, estimated"
     yield f"  weights                             {weights / 1e9:7.2f} GB"
     yield f"  gradients and optimizer             {states / 1e9:7.2f} GB"
@@ -76,7 +76,7 @@ def _memory(training: Training, batch: dict[str, Any]) -> Iterator[str]:
     yield f"  all                                 {(weights + states + kept) / 1e9:7.2f} GB"
 
 
-def _kept_for_backward(training: Training, batch: dict[str, Any]) -> int:
+def _kept_for_backward(training: Training, batch: dict[str, Any], accelerator: Accelerator) -> int:
     """Bytes that autograd holds on to, each storage once, parameters left out."""
     own = {parameter.untyped_storage().data_ptr() for parameter in training.model.parameters()}
     held: dict[int, int] = {}
@@ -89,7 +89,8 @@ def _kept_for_backward(training: Training, batch: dict[str, Any]) -> int:
 
     learner = Florence2Learner(training.model, training.checkpoint.preprocessor)
     training.set_modes()
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    batch = {name: value.to(accelerator.device) for name, value in batch.items()}
+    with accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         # Alive to the end, so that no storage's place is taken by another.
         loss = learner(batch)
     del loss

@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,16 @@ class FeatureCache:
                 "GB free; set features_dir to a larger disk, or cache_features=false"
             )
 
-    def fill(self, batches: Iterable[Sequence[str]], compute: Callable[[Sequence[str]], Tensor]) -> None:
-        """`compute(pictures)` -> [B, *shape], for each batch."""
+    def fill(self, batches: Iterable[tuple[Sequence["Stamped"], Tensor]]) -> None:
+        """Pictures with their features [B, *shape], batch by batch."""
         name = uuid.uuid4().hex
         with (self.folder / f"{name}.bin").open("wb") as rows, (self.folder / f"{name}.jsonl").open("w") as index:
             row = 0
-            for pictures in batches:
-                stats = [_stat(picture) for picture in pictures]
-                found = compute(pictures).to(self.dtype).contiguous()
+            for pictures, features in batches:
+                found = features.to(self.dtype).contiguous()
                 rows.write(found.view(torch.uint8).numpy().tobytes())
                 rows.flush()
-                for picture, stat in zip(pictures, stats, strict=True):
+                for picture, stat in pictures:
                     index.write(json.dumps({"image": picture, "row": row, "stat": stat}) + "\n")
                     row += 1
                 index.flush()
@@ -111,16 +111,32 @@ def open_cache(folder: Path, vision: Any, preprocessor: dict[str, Any], dtype: t
     return FeatureCache(folder / total.hexdigest()[:16], (config.embed_dim[-1], *sides), dtype)
 
 
+Stamped = tuple[str, list[int]]
+"""A picture file, and its size and time of change before it was read."""
+
+
+@dataclass(frozen=True)
+class PictureGroups:
+    """Pictures to be seen together, as a DataLoader's workers read them."""
+
+    groups: Sequence[Sequence[str]]
+    preprocessor: dict[str, Any]
+
+    def __getitem__(self, index: int) -> tuple[list[Stamped], Tensor]:
+        """With their pixels, u8 [B, H, W, 3]."""
+        stamped = [(picture, _stat(picture)) for picture in self.groups[index]]
+        return stamped, torch.from_numpy(read_pixels(self.groups[index], self.preprocessor))
+
+
 def computer(
     vision: Any, preprocessor: dict[str, Any], device: torch.device, autocast: Callable[[], Any]
-) -> Callable[[Sequence[str]], Tensor]:
-    """Picture files -> [B, channels, h, w] on the CPU."""
+) -> Callable[[Tensor], Tensor]:
+    """Pixels -> features [B, channels, h, w] on the CPU."""
 
     @torch.no_grad()
-    def compute(pictures: Sequence[str]) -> Tensor:
-        pixels = torch.from_numpy(read_pixels(pictures, preprocessor)).to(device)
+    def compute(pixels: Tensor) -> Tensor:
         with autocast():
-            return vision(normalised(pixels, preprocessor)).last_hidden_state.float().cpu()
+            return vision(normalised(pixels.to(device), preprocessor)).last_hidden_state.float().cpu()
 
     return compute
 

@@ -24,7 +24,7 @@ class Batches:
     """Samples as tensors. `read` is what a DataLoader's workers call."""
 
     def __init__(
-        self, corpora: list[Corpus], tokens: Tokens, preprocessor: dict[str, Any], features: FeatureCache | None
+        self, corpora: list[Corpus], tokens: Tokens, preprocessor: dict[str, Any], features: FeatureCache | None = None
     ) -> None:
         self.corpora, self.tokens, self.preprocessor, self.features = corpora, tokens, preprocessor, features
         self.pad = tokens.prompts.tokenizer.get_vocab()["<pad>"]
@@ -102,11 +102,12 @@ class Florence2Learner(nn.Module):
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Activations are computed again in the backward pass, in both towers: transformers leaves DaViT out."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for stage in model.model.vision_tower.blocks:
-        for block in stage:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    """Activations are computed again in the backward pass, in every layer of both towers: transformers leaves DaViT
+    out, and layers in evaluation mode, frozen ones that gradients pass through."""
+    language = model.model.language_model
+    blocks = [block for stage in model.model.vision_tower.blocks for block in stage]
+    for layer in (*blocks, *language.encoder.layers, *language.decoder.layers):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def _padded(rows: list[list[int]], filler: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
@@ -79,15 +80,10 @@ def fit(
     """
     torch.manual_seed(schedule.seed + 7919 * accelerator.process_index)
     optimizer = torch.optim.AdamW([dict(group) for group in groups])
-    scheduler = get_scheduler(
-        schedule.lr_scheduler_type,
-        optimizer,
-        schedule.warmup_steps,
-        schedule.steps,
-        schedule.lr_scheduler_kwargs,
-    )
-    progress = _resume(accelerator, learnable, optimizer, scheduler, run)
+    scheduler = make_scheduler(optimizer, schedule)
     module, prepared = accelerator.prepare(module, optimizer)
+    # After that: it would move AdamW's counts of steps to the GPU, where reading them waits for it.
+    progress = _resume(accelerator, learnable, optimizer, scheduler, run)
     parameters = [parameter for group in groups for parameter in group["params"]]
     reporter = Reporter(run, run.name, schedule.steps, progress.step, accelerator.is_main_process, schedule.tensorboard)
     try:
@@ -101,10 +97,8 @@ def fit(
             losses.append(loss)
             reporter.step(pictures * accelerator.num_processes)
             if progress.step % schedule.logging_steps == 0 or progress.step == schedule.steps:
-                rate = scheduler.get_last_lr()[0]
-                reporter.log(
-                    progress.step, {"loss": sum(losses) / len(losses), "learning_rate": rate, "grad_norm": norm}
-                )
+                values = {"loss": sum(losses) / len(losses), **_rates(optimizer), "grad_norm": norm}
+                reporter.log(progress.step, values)
                 losses = []
             _look_round(accelerator, learnable, optimizer, scheduler, schedule, run, progress, validation, reporter)
             if progress.stopped_early:
@@ -113,6 +107,27 @@ def fit(
     finally:
         reporter.close()
     return progress
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
+    """Raises ValueError for a name or settings that transformers doesn't know, and for schedulers that want to be told
+    a metric."""
+    name, settings = schedule.lr_scheduler_type, schedule.lr_scheduler_kwargs
+    try:
+        scheduler = get_scheduler(name, optimizer, schedule.warmup_steps, schedule.steps, settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lr_scheduler_type {name}: {error}") from None
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError(f"lr_scheduler_type {name} goes by a metric; take one that goes by steps, such as cosine")
+    return scheduler
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """One, or those of the parts where they differ."""
+    rates = {group.get("name", ""): group["lr"] for group in optimizer.param_groups}
+    if len(set(rates.values())) == 1:
+        return {"learning_rate": next(iter(rates.values()))}
+    return {f"learning_rate[{name}]": rate for name, rate in rates.items()}
 
 
 def _step(
@@ -153,24 +168,25 @@ def _steps(
 ) -> Iterator[list[dict[str, Any]]]:
     """This process's batches of every step that is left. The order follows from the epoch's number: nothing of it has
     to be saved."""
-    step = progress.step
-    while step < schedule.steps:
-        length = len(epoch(0))
-        number, done = divmod(step, length)
-        wanted = epoch(number)[done : done + schedule.steps - step]
-        shares = [
-            share_of(samples, accelerator.process_index, accelerator.num_processes, schedule.batch)
-            for samples in wanted
-        ]
-        loader = iter(_loader(batches, [batch for share in shares for batch in share], schedule.workers))
-        for share in shares:
-            yield [next(loader) for _ in share]
-            step += 1
+
+    length = len(epoch(0))
+
+    def shares() -> Iterator[list[Batch]]:
+        for step in range(progress.step, schedule.steps):
+            number, place = divmod(step, length)
+            samples = epoch(number)[place]
+            yield share_of(samples, accelerator.process_index, accelerator.num_processes, schedule.batch)
+
+    loaded = loader(batches, (batch for share in shares() for batch in share), schedule.workers)
+    for share in shares():
+        yield [next(loaded) for _ in share]
 
 
-def _loader(batches: Any, order: list[Batch], workers: int) -> Iterable[dict[str, Any]]:
+def loader(batches: Any, order: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`batches[key]` for every key of `order`, read ahead by worker processes. What goes wrong there is raised as
+    ValueError, without the worker's trace."""
     # Each item is a whole batch already.
-    return DataLoader(
+    loaded = DataLoader(
         batches,
         batch_size=None,
         sampler=order,  # type: ignore[arg-type]
@@ -182,6 +198,10 @@ def _loader(batches: Any, order: list[Batch], workers: int) -> Iterable[dict[str
         # Its seed would be drawn from the generator that dropout draws from.
         generator=torch.Generator().manual_seed(0),
     )
+    try:
+        yield from loaded
+    except ValueError as error:
+        raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
 
 
 def _look_round(
@@ -217,13 +237,10 @@ def _look_round(
 
 def _judge(progress: Progress, scores: dict[str, float], validation: Validation, schedule: Schedule) -> None:
     progress.scores[progress.step] = scores
-    if validation.best not in scores:
-        raise ValueError(
-            f"metric_for_best_model {validation.best!r} is not among what validation gives: {', '.join(scores)}"
-        )
-    value = scores[validation.best]
+    # Absent where the answers leave it undefined, as at the beginning of a new task.
+    value = scores.get(validation.best)
     sign = 1 if validation.higher_is_better(validation.best) else -1
-    if progress.best is None or sign * value > sign * progress.best:
+    if value is not None and (progress.best is None or sign * value > sign * progress.best):
         progress.best, progress.best_step, progress.validations_without_better = value, progress.step, 0
     else:
         progress.validations_without_better += 1
@@ -238,16 +255,16 @@ def _resume(
     scheduler: Any,
     run: Path,
 ) -> Progress:
-    folders = checkpoints.whole_checkpoints(run)
-    if not folders:
+    folder = checkpoints.newest_whole(run)
+    if folder is None:
         return Progress()
-    progress, states, processes = checkpoints.load_states(folders[-1])
+    states, processes = checkpoints.load_states(folder)
     if len(processes) != accelerator.num_processes:
         raise ValueError(
-            f"{folders[-1]} is of a run on {len(processes)} processes; go on with as many, or start in another folder"
+            f"{folder} is of a run on {len(processes)} processes; go on with as many, or start in another folder"
         )
-    learnable.load(folders[-1])
+    learnable.load(folder)
     optimizer.load_state_dict(states["optimizer"])
     scheduler.load_state_dict(states["scheduler"])
     checkpoints.restore_random_states(processes[accelerator.process_index])
-    return progress
+    return checkpoints.load_progress(folder)

@@ -77,20 +77,26 @@ def _checkpoint_in(run: Path) -> Path:
         if run.name.startswith("checkpoint-") and (run / "complete.json").is_file() and not checkpoints.is_whole(run):
             raise ValueError(f"{run} is damaged; give another checkpoint of its run")
         return run
-    whole = checkpoints.whole_checkpoints(run)
-    if not whole:
+    newest = checkpoints.newest_whole(run)
+    if newest is None:
         raise ValueError(f"{run} has no whole checkpoint yet; `florence2 train` goes on where it stopped")
-    best = checkpoints.load_states(whole[-1])[0].best_step
-    if best is not None and checkpoints.folder_of(run, best) in whole:
-        return checkpoints.folder_of(run, best)
-    return whole[-1]
+    best_step = checkpoints.load_progress(newest).best_step
+    if best_step is None:
+        return newest
+    best = checkpoints.folder_of(run, best_step)
+    if not checkpoints.is_whole(best):
+        raise ValueError(f"{best}, the best, is missing or damaged; to merge another, give its folder: {newest}")
+    return best
 
 
 def _merged_adapter(folder: Path, base: str | None) -> tuple[Checkpoint, Merged]:
-    name = base or base_of(folder)
+    name, revision = (base, None) if base else base_of(folder)
     if not name:
         raise ValueError(f"{folder / CONFIG} names no base model; give it with --base")
-    checkpoint = load_checkpoint(name)
+    checkpoint = load_checkpoint(name, revision)
+    run = folder.parent / RUN
+    if base is None and run.is_file() and json.loads(run.read_text())["sha256"] != checkpoint.sha256:
+        raise ValueError(f"{name} is not what the run was trained from any more; bring that back, or give it as --base")
     # As it was when the run began; an adapter of another trainer doesn't see the rows that this adds.
     make_native(checkpoint)
     _decode_as_trained(folder.parent, checkpoint)
@@ -123,7 +129,8 @@ def _questions(run: Path, checkpoint: Checkpoint) -> list[Question]:
     data = run / "data" / "0"
     for name in ("validation.jsonl", "train.jsonl"):
         if not asked and (data / name).is_file():
-            lines = [json.loads(line) for line in islice((data / name).open(), SAMPLES)]
+            with (data / name).open() as file:
+                lines = [json.loads(line) for line in islice(file, SAMPLES)]
             present = [line for line in lines if Path(line["image"]).is_file()]
             asked = [(read_pixels([line["image"]], checkpoint.preprocessor)[0], line["prefix"]) for line in present]
     if not asked:
@@ -140,7 +147,7 @@ def _answer(
     """Greedily."""
     seen = model.get_image_features(normalised(torch.from_numpy(pixels[None]), preprocessor)).pooler_output
     generated = reference_generate(
-        model, seen[0].numpy(), prompt, num_beams=1, early_stopping=False, max_new_tokens=NEW_TOKENS
+        model, seen[0].numpy(), prompt, num_beams=1, early_stopping=False, max_length=1 + NEW_TOKENS
     )
     scores = model.compute_transition_scores(generated.sequences, generated.logits, normalize_logits=True)
     return generated.sequences[0].tolist(), scores[0]

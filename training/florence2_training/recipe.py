@@ -98,7 +98,7 @@ class Recipe:
     save_steps: int = _setting(500, "optimizer steps between checkpoints")
     save_total_limit: int = _setting(2, "checkpoints that are kept, beside the best")
     eval_steps: int | None = _setting(None, "optimizer steps between validations (default: once an epoch)")
-    eval_samples: int | None = _setting(None, "validate with the first of them only")
+    eval_samples: int | None = _setting(None, "validate with so many samples, the first of each source")
     metric_for_best_model: str = _setting("loss", 'such as "<OD> AP50"; the names are those that validation prints')
     early_stopping_patience: int | None = _setting(None, "validations without a better metric that end the run")
     tensorboard: bool = _setting(False, "write TensorBoard's files, too, in output_dir/tensorboard")
@@ -131,6 +131,13 @@ class Recipe:
         for name in ("num_train_epochs", "learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is more than 0, not {getattr(self, name)}")
+        for name in ("warmup_ratio", "lora.dropout"):
+            value = self.lora.dropout if name == "lora.dropout" else getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} is a part, from 0 to below 1, not {value}")
+        for name in ("weight_decay", "dataloader_num_workers"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is from 0 on, not {getattr(self, name)}")
         for task, weight in self.task_weights.items():
             if not weight >= 0:
                 raise ValueError(f"task_weights: {task} is from 0 on, not {weight}")

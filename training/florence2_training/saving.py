@@ -40,11 +40,18 @@ def save_native(checkpoint: Checkpoint, folder: Path) -> None:
     """What `Florence2ForConditionalGeneration.from_pretrained` and `AutoProcessor.from_pretrained` load, of a model
     that `make_native` has seen."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.model.generation_config = _generation_config(checkpoint)
-    # Its bar would run through the one of a training.
-    logging.disable_progress_bar()
-    checkpoint.model.save_pretrained(folder)
+    model: Any = checkpoint.model
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        # Its bar would run through the one of a training.
+        logging.disable_progress_bar()
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = own
     (folder / "model.safetensors").chmod(0o644)
+    # As it was read: transformers refuses to save settings that say nothing together, such as those of beams with one.
+    kept = {key: value for key, value in checkpoint.generation.items() if not key.startswith("_")}
+    _write(folder / "generation_config.json", kept)
     _processor(checkpoint).save_pretrained(folder)
 
 
@@ -158,11 +165,6 @@ def _grow(model: Any, rows: int, like: int) -> None:
         model.lm_head.weight = language.shared.weight
     model.lm_head.out_features = rows
     model.config.text_config.vocab_size = rows
-
-
-def _generation_config(checkpoint: Checkpoint) -> GenerationConfig:
-    kept = {key: value for key, value in checkpoint.generation.items() if not key.startswith("_")}
-    return GenerationConfig.from_dict(kept)
 
 
 def _processor(checkpoint: Checkpoint) -> Florence2Processor:

@@ -1,12 +1,15 @@
 """A recipe, carried out."""
 
+import fcntl
 import json
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +23,20 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from florence2.prompts import PromptEncoder
-from florence2_training import parts
+from florence2.prompts import PromptEncoder, parse
+from florence2_training import checkpoints, parts
 from florence2_training.adapters import WEIGHTS, add_adapters
 from florence2_training.checkpoints import Progress
 from florence2_training.corpus import Corpus, Tokens, draw_epoch, read_corpus
+from florence2_training.data.parsing import parse_answer
 from florence2_training.evaluation.models import TorchModel
+from florence2_training.evaluation.prediction import Prediction
+from florence2_training.evaluation.question import Question, questions
 from florence2_training.evaluation.score import score
-from florence2_training.features import FeatureCache, computer, open_cache
+from florence2_training.features import PictureGroups, computer, open_cache
 from florence2_training.files import write_whole
 from florence2_training.learner import Batches, Florence2Learner, checkpoint_activations
-from florence2_training.loop import Schedule, Validation, fit
+from florence2_training.loop import Schedule, Validation, fit, loader, make_scheduler
 from florence2_training.order import Batch, steps_of
 from florence2_training.recipe import Recipe, save_recipe, saved_recipe
 from florence2_training.saving import make_native, save_native
@@ -47,18 +53,19 @@ def train(recipe: Recipe) -> Progress:
     weight has changed.
     """
     run = Path(recipe.output_dir).expanduser()
-    accelerator = Accelerator(mixed_precision=_precision(recipe))
-    if accelerator.is_main_process:
-        _claim(run, recipe)
-    accelerator.wait_for_everyone()
-    training = Training.prepare(recipe, run, accelerator)
-    frozen = parts.frozen_sha256(training.model)
-    if accelerator.is_main_process:
-        training.describe(run / RUN, frozen)
-    progress = training.fit(accelerator, run)
-    if parts.frozen_sha256(training.model) != frozen:
-        raise RuntimeError("weights that were to stay frozen have changed; this run's checkpoints can't be trusted")
-    return progress
+    accelerator = Accelerator(mixed_precision=precision(recipe))
+    with _claimed(run, recipe) if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        training = Training.prepare(recipe, run, accelerator)
+        frozen = parts.frozen_sha256(training.model)
+        if accelerator.is_main_process:
+            training.describe(run, frozen, accelerator.mixed_precision)
+        if recipe.cache_features and "vision" not in parts.trained_parts(training.model):
+            training.cache_features(accelerator, run)
+        progress = training.fit(accelerator, run)
+        if parts.frozen_sha256(training.model) != frozen:
+            raise RuntimeError("weights that were to stay frozen have changed; this run's checkpoints can't be trusted")
+        return progress
 
 
 @dataclass
@@ -79,6 +86,7 @@ class Training:
 
     @classmethod
     def prepare(cls, recipe: Recipe, run: Path, accelerator: Accelerator) -> "Training":
+        """Reads model and data, and finds what of the recipe doesn't fit them: ValueError."""
         checkpoint = load_checkpoint(recipe.model, recipe.revision)
         make_native(checkpoint)
         if recipe.no_repeat_ngram_size is not None:
@@ -102,7 +110,7 @@ class Training:
         torch.manual_seed(recipe.seed)
         adapted = None
         if recipe.method == "lora":
-            adapted = add_adapters(model, recipe.lora, recipe.model)
+            adapted = add_adapters(model, recipe.lora, recipe.model, checkpoint.revision)
         else:
             parts.freeze(model, recipe.freeze)
         if not parts.trained_parts(model):
@@ -111,17 +119,66 @@ class Training:
             checkpoint_activations(model)
         model.to(accelerator.device)
         corpora = [corpus] + ([replayed] if replayed else [])
-        features = None
-        if recipe.cache_features and "vision" not in parts.trained_parts(model):
-            features = _cached(recipe, run, checkpoint, accelerator, corpora)
-        batches = Batches(corpora, tokens, checkpoint.preprocessor, features)
-        return cls(recipe, checkpoint, model, adapted, tokens, corpus, replayed, validation, batches)
+        batches = Batches(corpora, tokens, checkpoint.preprocessor)
+        training = cls(recipe, checkpoint, model, adapted, tokens, corpus, replayed, validation, batches)
+        make_scheduler(torch.optim.AdamW(training.parameter_groups()), training.schedule(accelerator))
+        if validation and recipe.metric_for_best_model != "loss":
+            _check_metric(recipe.metric_for_best_model, validation)
+        return training
+
+    def cache_features(self, accelerator: Accelerator, run: Path) -> None:
+        """Fills the cache with every picture's features, each process a part of them."""
+        vision, recipe = self.model.model.vision_tower.eval(), self.recipe
+        folder = Path(recipe.features_dir).expanduser() if recipe.features_dir else run / "features"
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        cache = open_cache(folder, vision, self.checkpoint.preprocessor, dtype)
+        corpora = self.batches.corpora + ([self.validation] if self.validation else [])
+        pictures = list(dict.fromkeys(picture for corpus in corpora for picture in corpus.picture_files))
+        # Another run may be filling the same folder: all processes go by what one of them saw.
+        (missing,) = broadcast_object_list([cache.missing(pictures)])
+        cache.check_room(len(missing))
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        size = recipe.per_device_train_batch_size
+        groups = PictureGroups(
+            [own[start : start + size] for start in range(0, len(own), size)], self.checkpoint.preprocessor
+        )
+        bar = tqdm(
+            loader(groups, range(len(groups.groups)), recipe.dataloader_num_workers),
+            "features of pictures",
+            total=len(groups.groups),
+            disable=None if accelerator.is_main_process else True,
+        )
+        see = computer(vision, self.checkpoint.preprocessor, accelerator.device, accelerator.autocast)
+        if own:
+            cache.fill((pictures, see(pixels)) for pictures, pixels in bar)
+        accelerator.wait_for_everyone()
+        cache.refresh()
+        if changing := cache.missing(pictures):
+            raise ValueError(f"{changing[0]} changed while its features were computed; start again")
+        self.batches.features = cache
 
     def fit(self, accelerator: Accelerator, run: Path) -> Progress:
         learner = Florence2Learner(self.model, self.checkpoint.preprocessor)
+        validation = None
+        if self.validation is not None:
+            judge = Judge(self, learner, accelerator)
+            validation = Validation(judge.scores, self.recipe.metric_for_best_model, judge.higher_is_better)
+        return fit(
+            accelerator,
+            learner,
+            self,
+            self.parameter_groups(),
+            self.batches,
+            self.epoch(accelerator),
+            self.schedule(accelerator),
+            run,
+            validation,
+        )
+
+    def schedule(self, accelerator: Accelerator) -> Schedule:
         steps_an_epoch = len(self.epoch(accelerator)(0))
         steps = self.recipe.max_steps or max(round(self.recipe.num_train_epochs * steps_an_epoch), 1)
-        schedule = Schedule(
+        return Schedule(
             steps=steps,
             batch=self.recipe.per_device_train_batch_size,
             warmup_steps=math.ceil(self.recipe.warmup_ratio * steps),
@@ -136,21 +193,6 @@ class Training:
             workers=self.recipe.dataloader_num_workers,
             tensorboard=self.recipe.tensorboard,
             seed=self.recipe.seed,
-        )
-        validation = None
-        if self.validation is not None:
-            judge = Judge(self, learner, accelerator)
-            validation = Validation(judge.scores, self.recipe.metric_for_best_model, judge.higher_is_better)
-        return fit(
-            accelerator,
-            learner,
-            self,
-            self.parameter_groups(),
-            self.batches,
-            self.epoch(accelerator),
-            schedule,
-            run,
-            validation,
         )
 
     def epoch(self, accelerator: Accelerator) -> Callable[[int], list[list[int]]]:
@@ -190,6 +232,7 @@ class Training:
             raise ValueError(f"learning_rates names {', '.join(sorted(idle))}, which is not trained")
         return [
             {
+                "name": part,
                 "params": parameters,
                 "lr": self.recipe.learning_rates.get(part, self.recipe.learning_rate),
                 "betas": (0.9, self.recipe.adam_beta2),
@@ -203,7 +246,8 @@ class Training:
 
     def save(self, folder: Path) -> None:
         if self.adapted is not None:
-            self.adapted.save_pretrained(folder)
+            # The embeddings are never adapted; to find that out peft would ask the hub.
+            self.adapted.save_pretrained(folder, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)
         else:
             save_native(self.checkpoint, folder)
@@ -217,8 +261,9 @@ class Training:
             saved = load_checkpoint(str(folder)).model.state_dict()
             self.model.load_state_dict(saved)
 
-    def describe(self, path: Path, frozen: str) -> None:
-        """What the run is made of: for whoever asks, later, where a model comes from."""
+    def describe(self, run: Path, frozen: str, mixed_precision: str) -> None:
+        """What the run is made of: for whoever asks, later, where a model comes from. Raises ValueError where a run
+        that goes on was made of something else."""
         corpora = {"train": self.corpus, "replay": self.replayed, "validation": self.validation}
         content = {
             "model": self.recipe.model,
@@ -227,6 +272,7 @@ class Training:
             "layout": self.checkpoint.layout,
             "data": {name: {"samples": len(data), "sha256": data.sha256} for name, data in corpora.items() if data},
             "no_repeat_ngram_size": self.recipe.no_repeat_ngram_size,
+            "mixed_precision": mixed_precision,
             "frozen_sha256": frozen,
             "parameters": {
                 part: {"trained": trained, "all": total} for part, (trained, total) in parts.counts(self.model).items()
@@ -234,7 +280,15 @@ class Training:
             "attention": self.model.config._attn_implementation,
             "packages": {name: version(name) for name in _PACKAGES},
         }
-        write_whole(path, json.dumps(content, indent=2) + "\n")
+        if checkpoints.newest_whole(run) and (run / RUN).exists():
+            before = json.loads((run / RUN).read_text())
+            same = ("sha256", "data", "mixed_precision", "frozen_sha256")
+            if changed := [name for name in same if before[name] != content[name]]:
+                raise ValueError(
+                    f"{run} was begun with another {' and '.join(changed)}, see its {RUN}; bring that back, or give "
+                    "another output_dir"
+                )
+        write_whole(run / RUN, json.dumps(content, indent=2) + "\n")
 
 
 class Judge:
@@ -244,7 +298,9 @@ class Judge:
         self.training, self.learner, self.accelerator = training, learner, accelerator
         assert training.validation is not None
         self.corpus = training.validation
-        self.batches = Batches([self.corpus], training.tokens, training.checkpoint.preprocessor, None)
+        self.batches = Batches(
+            [self.corpus], training.tokens, training.checkpoint.preprocessor, training.batches.features
+        )
         self._higher: dict[str, bool] = {"loss": False}
 
     def scores(self) -> dict[str, float]:
@@ -262,10 +318,11 @@ class Judge:
     @torch.no_grad()
     def _loss(self) -> float:
         total = torch.zeros(2, device=self.accelerator.device)
-        size = self.training.recipe.per_device_train_batch_size
-        own = list(self._own())
-        for start in range(0, len(own), size):
-            batch = self.batches[Batch(own[start : start + size])]
+        recipe = self.training.recipe
+        size, count = recipe.per_device_train_batch_size, self.accelerator.num_processes
+        own = range(self.accelerator.process_index, len(self.corpus), count)
+        order = [Batch(list(own[start : start + size])) for start in range(0, len(own), size)]
+        for batch in loader(self.batches, order, recipe.dataloader_num_workers):
             batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
             with self.accelerator.autocast():
                 total += torch.stack([self.learner(batch).float(), batch["weight"]])
@@ -275,16 +332,15 @@ class Judge:
     def _answers(self) -> dict[str, float]:
         size = self.training.recipe.per_device_train_batch_size
         model = TorchModel(self.training.checkpoint, batch_size=size, device=str(self.accelerator.device))
-        predictions = gather_object(list(model.predict(self.corpus[index] for index in self._own())))
+        samples = (self.corpus[index] for index in range(len(self.corpus)))
+        # Whole questions: several answers to one are judged together.
+        own = islice(questions(samples), self.accelerator.process_index, None, self.accelerator.num_processes)
+        predictions = gather_object(list(model.predict(own)))
         if not self.accelerator.is_main_process:
             return {}
         scores = score(predictions)
         self._higher |= {found.name: found.higher_is_better for found in scores}
         return {found.name: found.value for found in scores}
-
-    def _own(self) -> Iterator[int]:
-        """This process's part of the samples."""
-        yield from range(self.accelerator.process_index, len(self.corpus), self.accelerator.num_processes)
 
 
 def set_no_repeat_ngram_size(checkpoint: Checkpoint, size: int) -> None:
@@ -292,53 +348,68 @@ def set_no_repeat_ngram_size(checkpoint: Checkpoint, size: int) -> None:
     checkpoint.model.generation_config.no_repeat_ngram_size = size
 
 
-def _precision(recipe: Recipe) -> str:
+def precision(recipe: Recipe) -> str:
+    """accelerate's mixed_precision."""
     if recipe.mixed_precision != "auto":
         return recipe.mixed_precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if has_bf16 else "no"
+
+
+def _check_metric(name: str, validation: Corpus) -> None:
+    """Raises ValueError, with the metrics there are, for one that not even perfect answers would have."""
+    samples = (validation[index] for index in range(len(validation)))
+    found = [one.name for one in score(map(_perfect, questions(samples)))]
+    if name not in found:
+        raise ValueError(
+            f"metric_for_best_model {name!r} is not among those that the validation data have: {', '.join(found)}"
+        )
+
+
+def _perfect(question: Question) -> Prediction:
+    """The answer that was wanted; of a picture of any size."""
+    size, text = (1000, 1000), question.references[0]
+    prompt = parse(question.prompt)
+    answer = {prompt.key: parse_answer(prompt.task, text, size)}
+    return Prediction(str(question.image), size, question.prompt, question.references, text, answer, None)
+
+
+@contextmanager
+def _claimed(run: Path, recipe: Recipe) -> Iterator[None]:
+    """The folder is this recipe's, and nobody else's, for as long as it is trained."""
+    if run.is_dir() and not (run / RECIPE).exists() and any(found.name not in _OURS for found in run.iterdir()):
+        raise ValueError(f"{run} exists and is not a run; give another output_dir, or remove it")
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {run}; wait for it, or give another output_dir") from None
+        _claim(run, recipe)
+        yield
+
+
+_LOCK = ".lock"
+_OURS = (_LOCK, f".{RECIPE}.part")
 
 
 def _claim(run: Path, recipe: Recipe) -> None:
-    """Makes the folder this recipe's, or finds that it is."""
     path = run / RECIPE
-    if path.exists():
+    # A recipe that came to nothing can be mended.
+    if path.exists() and checkpoints.newest_whole(run):
         before, now = (_flat(asdict(found)) for found in (saved_recipe(path), recipe))
         # The folder may have been moved; where features lie changes nothing.
         free = {"output_dir", "features_dir", "dataloader_num_workers", "tensorboard"}
+        free |= {"logging_steps", "save_steps", "save_total_limit"}
         changed = [f"{name} was {before[name]!r}" for name in now if name not in free and now[name] != before[name]]
         if changed:
             raise ValueError(f"{run} is a run of another recipe ({'; '.join(changed)}); give another output_dir")
-        return
-    if run.exists() and any(found.name != f".{RECIPE}.part" for found in run.iterdir()):
-        raise ValueError(f"{run} exists and is not a run; give another output_dir, or remove it")
-    run.mkdir(parents=True, exist_ok=True)
     save_recipe(recipe, path)
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     lora = settings.pop("lora")
     return settings | {f"lora.{name}": value for name, value in lora.items()}
-
-
-def _cached(
-    recipe: Recipe, run: Path, checkpoint: Checkpoint, accelerator: Accelerator, corpora: list[Corpus]
-) -> FeatureCache:
-    vision = checkpoint.model.model.vision_tower.eval()
-    folder = Path(recipe.features_dir).expanduser() if recipe.features_dir else run / "features"
-    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-    cache = open_cache(folder, vision, checkpoint.preprocessor, dtype)
-    missing = cache.missing(dict.fromkeys(picture for corpus in corpora for picture in corpus.picture_files))
-    accelerator.wait_for_everyone()
-    if missing:
-        cache.check_room(len(missing))
-        own = missing[accelerator.process_index :: accelerator.num_processes]
-        size = recipe.per_device_train_batch_size
-        groups = [own[start : start + size] for start in range(0, len(own), size)]
-        bar = tqdm(groups, "features of pictures", disable=None if accelerator.is_main_process else True)
-        cache.fill(bar, computer(vision, checkpoint.preprocessor, accelerator.device, accelerator.autocast))
-        accelerator.wait_for_everyone()
-        cache.refresh()
-    return cache
 
 
 def _pictures(corpora: list[Corpus]) -> NDArray[np.int32]:

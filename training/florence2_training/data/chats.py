@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from florence2_training.data.markup import fill, take_images
+from florence2_training.data.markup import fill, refuse_foreign, take_images
 from florence2_training.data.objects import read_objects
 from florence2_training.data.record import Problem, Sample, Text
 from florence2_training.data.rows import rows
@@ -96,7 +96,7 @@ def _turns(row: dict[str, Any], key: str, speaker: str, said: str) -> Turns:
         raise ValueError(f'`{key}` is missing or no list of {{"{speaker}": …, "{said}": …}}')
     spoken = []
     for message in messages:
-        role, text = _text(message, speaker), _text(message, said)
+        role, text = _text(message, speaker), _said(message, said)
         if role not in (*_USER, *_ASSISTANT, *_IGNORED):
             raise ValueError(f"unknown {speaker} {role!r} in `{key}`; Florence-2 knows a user and an assistant")
         if role not in _IGNORED:
@@ -107,12 +107,33 @@ def _turns(row: dict[str, Any], key: str, speaker: str, said: str) -> Turns:
     return list(zip(texts[0::2], texts[1::2], strict=True))
 
 
+def _said(message: dict[str, Any], key: str) -> str:
+    """Text, or parts {"type": "text", "text"} and {"type": "image"}, the latter as tags."""
+    parts = message.get(key)
+    return "".join(map(_part, parts)) if isinstance(parts, list) else _text(message, key)
+
+
+def _part(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return _text(part, "text")
+    if kind != "image":
+        raise ValueError(f'a part is {{"type": "text", "text": …}} or {{"type": "image"}}, not {str(part)[:60]}')
+    image = part.get("image") or part.get("path")
+    return f"<img>{_path(image)}</img>" if image else "<image>"
+
+
 def _listed_images(row: dict[str, Any]) -> list[str]:
-    images = row.get("images", row.get("image")) or []
-    images = images if isinstance(images, list) else [images]
-    if not all(isinstance(image, str) for image in images):
-        raise ValueError('`images` is a list of paths: ["PATH"]')
-    return images.copy()
+    images = row.get("images") or row.get("image") or []
+    return [_path(image) for image in (images if isinstance(images, list) else [images])]
+
+
+def _path(image: Any) -> str:
+    """Of PATH or {"path": PATH}."""
+    path = image.get("path") if isinstance(image, dict) and not image.get("bytes") else image
+    if not isinstance(path, str):
+        raise ValueError('`images` is a list of paths, ["PATH"] or [{"path": "PATH"}]; save other pictures as files')
+    return path
 
 
 def _text(row: dict[str, Any], key: str) -> str:
@@ -124,7 +145,7 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _literal(text: str) -> Text:
-    return (text.strip(),) if text.strip() else ()
+    return (refuse_foreign(text).strip(),) if text.strip() else ()
 
 
 def _picture(name: str, folder: Path) -> Path:

@@ -15,6 +15,7 @@ from florence2_training.data.parsing import (
     RUN,
     coordinates,
     has_shapes,
+    name_of,
     parse_answer,
     prompt_error,
     shapes,
@@ -39,13 +40,19 @@ class Shown:
 
 
 def check(
-    splits: Sequence[Split], lengths: Lengths | None = None, images: bool = True, samples: int = 0, seed: int = 0
+    splits: Sequence[Split],
+    lengths: Lengths | None = None,
+    images: bool = True,
+    samples: int = 0,
+    seed: int = 0,
+    every_message: bool = False,
 ) -> tuple[Report, list[Shown]]:
     """Reads all splits once. Memory holds counts, a digest per picture and `samples` samples drawn evenly (reservoir).
 
-    `images`: whether pictures are decoded and compared; `lengths`: None leaves token counts out.
+    `images`: whether pictures are decoded and compared; `lengths`: None leaves token counts out; `every_message`: all
+    are kept, not the first of each kind.
     """
-    report = Report(pictures_checked=images)
+    report = Report(pictures_checked=images, every_message=every_message)
     if lengths:
         report.lengths, report.limit = Counter(), lengths.limit
     shown = _Reservoir(samples, random.Random(seed))
@@ -93,17 +100,17 @@ def _named(splits: Sequence[Split]) -> list[tuple[str, Split]]:
 def _check_regions(report: Report, sample: Sample, sizes: SizeOf, found: Example) -> None:
     for region in regions(sample):
         size = region.space or sizes(sample.image)
-        points = region.points
+        points, written = region.points, region.written or _numbers(region.points)
         # Up to a bin outside is the annotation tool's rounding: the clamp moves no box by more than a token can say.
         if any(not -size[i % 2] / BINS <= point <= size[i % 2] * (1 + 1 / BINS) for i, point in enumerate(points)):
-            report.add("outside", f"{found.where}: {_numbers(points)} in {size[0]} x {size[1]}")
+            report.add("outside", f"{found.where}: {written} in {size[0]} x {size[1]}")
         if len(points) == 4:
             x1, y1, x2, y2 = points
             bins = quantize(points, size)
             if x1 >= x2 or y1 >= y2:
-                report.add("degenerate", f"{found.where}: {_numbers(points)}")
+                report.add("degenerate", f"{found.where}: {written}")
             elif bins[0] == bins[2] or bins[1] == bins[3]:
-                report.add("same bin", f"{found.where}: {_numbers(points)}")
+                report.add("same bin", f"{found.where}: {written}")
 
 
 def _check_written(report: Report, sample: Sample, task: Task | None, where: str) -> None:
@@ -130,8 +137,9 @@ def _check_text(report: Report, sample: Sample, found: Example, lengths: Lengths
         report.tasks[split]["(refused)"] += 1
         return
     task = task_of(found.prefix, found.suffix)
-    asked = task.token if task and task.token in found.prefix else "text"
-    report.tasks[split][asked] += 1
+    report.tasks[split][name_of(found.prefix)] += 1
+    if not found.suffix.strip():
+        report.add("empty", f"{found.where}: {_short(found.prefix)}")
     _check_written(report, sample, task, found.where)
     if task and has_shapes(task):
         _check_shapes(report, task, found)
@@ -152,15 +160,12 @@ def _check_shapes(report: Report, task: Task, found: Example) -> None:
         report.add("answer", f"{found.where}: {boxes}: {_short(found.suffix)}")
     *before, behind = RUN.split(found.suffix)
     if task.answer in _LABELLED:
-        for label in before:
-            _check_label(report, label, found.where)
+        read = {label for _, _, label in parsed}
+        for label in map(str.strip, before):
+            if not label or label not in read:
+                report.add("label", f"{found.where}: {_short(label) if label else 'an empty label'}")
     if behind.strip() and task.answer in _LABELLED:
         report.add("loose text", f"{found.where}: {_short(behind)}")
-
-
-def _check_label(report: Report, label: str, where: str) -> None:
-    if not label.strip() or "<" in label:
-        report.add("label", f"{where}: {_short(label) if label.strip() else 'an empty label'}")
 
 
 def _check_length(report: Report, found: Example, lengths: Lengths) -> None:

@@ -77,11 +77,13 @@ def _box(annotation: dict[str, Any], labels: dict[str, Any]) -> Text:
     label = labels.get(_key(annotation.get("category_id")))
     if not isinstance(label, str):
         raise ValueError(f"category_id {annotation.get('category_id')!r} is in no row of categories; add it there")
+    if not label.strip():
+        raise ValueError(f"category_id {annotation.get('category_id')!r} has an empty name; name it")
     box = numbers(annotation.get("bbox"), "bbox")
     if len(box) != 4:
         raise ValueError(f"bbox has 4 numbers, x, y, width, height, not {len(box)}")
     x, y, width, height = box
-    return label, Region((x, y, x + width, y + height))
+    return label, Region((x, y, x + width, y + height), written=f"bbox {annotation['bbox']}")
 
 
 def _key(number: Any) -> str:

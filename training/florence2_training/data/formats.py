@@ -17,14 +17,18 @@ from florence2_training.data.voc import find_voc, read_voc
 from florence2_training.data.yolo import find_yolo, read_yolo
 
 Read = Iterator[Sample | Problem]
+Heads = dict[Path, frozenset[str]]
+"""Each .jsonl and .json file, with the keys of the first row that can be read; of a COCO file COCO_HEAD."""
+COCO_HEAD = frozenset({"one object with images and annotations"})
 
 
 @dataclass(frozen=True)
 class Format:
     name: str
     looks_like: str
-    find: Callable[[Path], dict[str, Path]]
-    """Split name -> what `read` gets, for a file or folder of this format; empty for any other."""
+    find: Callable[[Path, Heads], dict[str, Path]]
+    """Split name -> what `read` gets, for a file or folder of this format and the heads of its files; empty for any
+    other."""
     read: Callable[[Path, Path | None, str], Read]
     """Of a path that `find` gave, the folder that relative picture paths start from, and the split's name."""
 
@@ -52,8 +56,11 @@ def open_data(path: Path, format: str | None = None, images: Path | None = None)
     if images is not None and not images.is_dir():
         raise ValueError(f"{images} is no folder; --images names the folder that picture paths start from")
     images = images and images.absolute()
+    heads = _heads(path)
     for candidate in [FORMATS[format]] if format else FORMATS.values():
-        if found := candidate.find(path):
+        if found := candidate.find(path, heads):
+            if format is None:
+                _refuse_others(candidate, found, heads)
             return [Split(name, candidate.name, place, images) for name, place in found.items()]
     if format and path.is_file():
         return [Split(_stem(path), format, path, images)]
@@ -126,59 +133,77 @@ _NAMED_BY_FOLDER = ("annotations.jsonl", "_annotations.coco.json")
 _FOLDERS = ("train", "valid", "val", "test")
 
 
-def _with(*keys: str) -> Callable[[Path], bool]:
-    """Whether the first row that can be read has `keys`."""
+def _heads(path: Path) -> Heads:
+    """Of the file itself; of a folder's files, or of those in its train/, valid/, test/."""
+    if path.is_file():
+        return {path: _head(path)} if path.suffix in (".jsonl", ".json") else {}
+    named = [file for folder in _FOLDERS for name in _NAMED_BY_FOLDER if (file := path / folder / name).is_file()]
+    inside = [file for ending in ("*.jsonl", "*.json") for file in sorted(path.glob(ending))]
+    return {file: _head(file) for file in named or inside}
 
-    def check(path: Path) -> bool:
-        if path.suffix == ".json" and _is_coco(path):
-            return False
-        first = next((row for row in islice(rows(path), 100) if not isinstance(row, Problem)), None)
-        return first is not None and all(key in first[1] for key in keys)
 
-    return check
+def _head(path: Path) -> frozenset[str]:
+    if path.suffix == ".json" and _is_coco(path):
+        return COCO_HEAD
+    first = next((row for row in islice(rows(path), 100) if not isinstance(row, Problem)), None)
+    return frozenset(first[1]) if first else frozenset()
+
+
+def _refuse_others(recognised: Format, found: dict[str, Path], heads: Heads) -> None:
+    """Raises ValueError for files that would be passed over, though they look like samples too."""
+    passed = [
+        file.name
+        for file in heads.keys() - found.values()
+        if file.suffix == ".jsonl" or any(each.find(file, {file: heads[file]}) for each in FORMATS.values())
+    ]
+    # Beside a folder of labels or of XML files, lines are somebody's notes.
+    if passed and heads.keys() & found.values():
+        read = ", ".join(sorted(path.name for path in found.values()))
+        raise ValueError(
+            f"{read} is of the format {recognised.name}, {', '.join(sorted(passed))} beside it is not; name one file, "
+            f"or the format {recognised.name} to read its files alone"
+        )
 
 
 def _is_coco(path: Path) -> bool:
     """By what it begins with: the file may be of any length."""
-    if path.suffix != ".json":
-        return False
     with path.open("rb") as file:
         head = file.read(1 << 16).decode("utf-8-sig", "ignore").strip()
     if not head.startswith("{"):
         return False
     try:
-        row = json.loads(head.splitlines()[0])
+        row = json.loads(head.split("\n")[0])
     except ValueError:
         # One object over many lines, or a line longer than this.
         return any(f'"{key}"' in head for key in ("images", "annotations", "categories", "info"))
     return "images" in row and "annotations" in row
 
 
-def _in_files(check: Callable[[Path], bool]) -> Callable[[Path], dict[str, Path]]:
-    """Looks at the file itself; in a folder at its .jsonl and .json files, or at those of its train/, valid/, test/."""
+def _with(keys: frozenset[str]) -> Callable[[Path, Heads], dict[str, Path]]:
+    """Finds the files whose head has `keys`. Raises ValueError where two give the same split."""
 
-    def find(path: Path) -> dict[str, Path]:
-        if path.is_file():
-            return {_stem(path): path} if path.suffix in (".jsonl", ".json") and check(path) else {}
-        named = {
-            folder: file for folder in _FOLDERS for name in _NAMED_BY_FOLDER if (file := path / folder / name).is_file()
-        }
-        inside = [file for ending in ("*.jsonl", "*.json") for file in sorted(path.glob(ending))]
-        files = named or {_stem(file): file for file in inside}
-        return {name: file for name, file in files.items() if check(file)}
+    def find(path: Path, heads: Heads) -> dict[str, Path]:
+        found: dict[str, Path] = {}
+        for file, head in heads.items():
+            if keys <= head and found.setdefault(_stem(file), file) != file:
+                raise ValueError(
+                    f"{path} has the split {_stem(file)} twice, as {found[_stem(file)].name} and {file.name}; name one "
+                    "of them, or take one out"
+                )
+        return found
 
     return find
 
 
-def _or_in_folders(find: Callable[[Path], dict[str, Path]]) -> Callable[[Path], dict[str, Path]]:
+def _find_voc(path: Path, _: Heads) -> dict[str, Path]:
     """A data set, or a folder train/, valid/, test/ of them."""
+    if found := find_voc(path):
+        return found
+    return {name: place for name in _FOLDERS for place in find_voc(path / name).values()}
 
-    def in_folders(path: Path) -> dict[str, Path]:
-        if found := find(path):
-            return found
-        return {name: place for name in _FOLDERS for place in find(path / name).values()}
 
-    return in_folders
+def _find_yolo(path: Path, _: Heads) -> dict[str, Path]:
+    return find_yolo(path)
 
 
 def _without_name(read: Callable[[Path, Path | None], Read]) -> Callable[[Path, Path | None, str], Read]:
@@ -191,38 +216,38 @@ FORMATS: dict[str, Format] = {
         Format(
             "prefix",
             'JSON lines {"image", "prefix", "suffix"}, or a folder of train/annotations.jsonl, … (maestro, TF-ID)',
-            _in_files(_with("image", "prefix", "suffix")),
+            _with(frozenset({"image", "prefix", "suffix"})),
             _without_name(read_prefix),
         ),
         Format(
             "query",
             'JSON lines or array {"query", "response", "images"}, with history and objects (ms-swift v2)',
-            _in_files(_with("query", "response")),
+            _with(frozenset({"query", "response"})),
             _without_name(read_queries),
         ),
         Format(
             "messages",
             'JSON lines or array {"messages": [{"role", "content"}], "images"}, objects (ms-swift v3, LLaMA-Factory)',
-            _in_files(_with("messages")),
+            _with(frozenset({"messages"})),
             _without_name(read_messages),
         ),
         Format(
             "conversations",
             'JSON lines or array {"conversations": [{"from", "value"}]} (Qwen-VL, sharegpt)',
-            _in_files(_with("conversations")),
+            _with(frozenset({"conversations"})),
             _without_name(read_conversations),
         ),
         Format(
             "coco",
             "a .json file with images and annotations, or a folder of train/_annotations.coco.json, … (Roboflow)",
-            _in_files(_is_coco),
+            _with(COCO_HEAD),
             _without_name(read_coco),
         ),
-        Format("yolo", "data.yaml, or a folder with images/, labels/ and classes.txt", find_yolo, read_yolo),
+        Format("yolo", "data.yaml, or a folder with images/, labels/ and classes.txt", _find_yolo, read_yolo),
         Format(
             "voc",
             "a folder with Annotations/*.xml and JPEGImages/, or with .xml files beside the pictures",
-            _or_in_folders(find_voc),
+            _find_voc,
             _without_name(read_voc),
         ),
     )

@@ -8,11 +8,13 @@ from florence2_training.data.record import Region, Text
 
 _IMAGE = re.compile(r"(?:Picture\s*\d+\s*:\s*)?<img>(.*?)</img>[ \t]*\r?\n?|<image>[ \t]*\r?\n?", re.DOTALL)
 _PART = re.compile(
-    r"(?P<bbox><bbox>)|(?P<ref><ref-object>)|<ref>(?P<label>.*?)</ref>|<box>(?P<box>.*?)</box>", re.DOTALL
+    r"(?P<bbox><bbox>)|(?P<ref><ref-object>)|<ref>(?P<label>.*?)</ref>|<(?P<shape>box|quad)>(?P<points>.*?)</(?P=shape)>",
+    re.DOTALL,
 )
 _LARGE = 1e12
-# Qwen-VL's boxes, in thousandths of the picture's width and height.
-_QWEN_BOX = re.compile(r"\s*\((\d+),\s*(\d+)\)\s*,\s*\((\d+),\s*(\d+)\)\s*")
+_PAIR = re.compile(r"\s*\((\d+),\s*(\d+)\)\s*")
+_WRITTEN = {"box": "(x1,y1),(x2,y2)", "quad": "(x1,y1),(x2,y2),(x3,y3),(x4,y4)"}
+_FOREIGN = re.compile(r"<\|(?:box|quad|object_ref)_start\|>|<loc\d+>")
 
 
 def take_images(text: str) -> tuple[str, list[str]]:
@@ -24,9 +26,21 @@ def take_images(text: str) -> tuple[str, list[str]]:
     return _IMAGE.sub("", text), paths
 
 
+def refuse_foreign(text: str) -> str:
+    """The text. Raises ValueError for locations of Qwen2-VL and later, and of PaliGemma, which are no words of
+    Florence-2's."""
+    if found := _FOREIGN.search(text):
+        raise ValueError(
+            f"{found[0]} is another model's; write LABEL<loc_x1><loc_y1><loc_x2><loc_y2>, of pixels floor(x * 1000 / "
+            "width) and floor(y * 1000 / height), at most 999"
+        )
+    return text
+
+
 def fill(text: str, boxes: Callable[[], Sequence[Region]], ref: Callable[[], str]) -> Text:
     """The text with each `<bbox>` and `<ref-object>` replaced by what `boxes` and `ref` give next, and Qwen-VL's
-    `<ref>…</ref><box>…</box>` by label and region; white space at the ends taken off."""
+    `<ref>…</ref><box>…</box>` or `<quad>…</quad>` by label and region; white space at the ends taken off."""
+    refuse_foreign(text)
     parts: list[str | Region] = []
     end = 0
     for found in _PART.finditer(text):
@@ -39,14 +53,20 @@ def fill(text: str, boxes: Callable[[], Sequence[Region]], ref: Callable[[], str
         elif found["label"] is not None:
             parts.append(found["label"].strip())
         else:
-            corners = _QWEN_BOX.fullmatch(found["box"])
-            if not corners:
-                raise ValueError(
-                    f"<box>{found['box'][:40]}</box> is no box; write <box>(x1,y1),(x2,y2)</box>, 0 to 1000"
-                )
-            parts.append(Region(tuple(map(float, corners.groups())), (1000, 1000)))
+            parts.append(_qwen(found["shape"], found["points"]))
     parts.append(text[end:])
     return _stripped(parts)
+
+
+def _qwen(shape: str, points: str) -> Region:
+    """Qwen-VL's points are in thousandths of the picture's width and height."""
+    pairs = [_PAIR.fullmatch(pair) for pair in re.split(r"(?<=\))\s*,", points)]
+    found = [pair.groups() for pair in pairs if pair]
+    if not len(found) == len(pairs) == _WRITTEN[shape].count("("):
+        raise ValueError(
+            f"<{shape}>{points[:40]}</{shape}> is no {shape}; write <{shape}>{_WRITTEN[shape]}</{shape}>, 0 to 1000"
+        )
+    return Region(tuple(float(number) for pair in found for number in pair), (1000, 1000))
 
 
 def numbers(value: Any, what: str) -> tuple[float, ...]:

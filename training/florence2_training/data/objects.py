@@ -96,8 +96,8 @@ def _regions(bbox: Any, bbox_type: Any) -> list[Region]:
     regions = []
     for box in bbox if several else [bbox]:
         points = numbers(box, "a bbox")
-        if len(points) != 4:
-            raise ValueError(f"a bbox has 4 numbers, x1, y1, x2, y2, not {len(points)}")
+        if len(points) not in (2, 4):
+            raise ValueError(f"a bbox has 4 numbers, x1, y1, x2, y2, or a point's 2, not {len(points)}")
         regions.append(Region(tuple(point * factor for point in points), space))
     return regions
 

@@ -1,4 +1,5 @@
-"""What becomes of an answer's text: its location tokens, and the boxes that the serving parser finds in it."""
+"""What a prompt asks for, and what becomes of an answer's text: its location tokens, and the boxes that the serving
+parser finds in it."""
 
 import re
 from typing import Any
@@ -15,15 +16,28 @@ BINS = 1000
 LOCATION = re.compile(r"<loc_(\d+)>")
 RUN = re.compile(r"(?:<loc_\d+>)+")
 _PARSER = AnswerParser()
+_TAG = re.compile(r"\s*(<\w+>)")
 
 
 def task_of(prefix: str, suffix: str) -> Task | None:
-    """The task whose grammar the answer has; location tokens under a prompt that is no task are read as labelled boxes.
+    """The task whose grammar the answer has; None for text.
 
-    Raises InvalidRequest for a prompt that can't be asked.
+    Under a prompt that is no task an answer of nothing but locations is read as that to <REGION_PROPOSAL>, one with
+    others among its words as that to <OD>; two locations alone are a point and stay text. Raises InvalidRequest for a
+    prompt that can't be asked.
     """
     task = parse(prefix).task
-    return task or (TASKS["<OD>"] if LOCATION.search(suffix) else None)
+    if task or all(len(LOCATION.findall(run)) == 2 for run in RUN.findall(suffix)):
+        return task
+    return TASKS["<OD>" if RUN.sub("", suffix).strip() else "<REGION_PROPOSAL>"]
+
+
+def name_of(prompt: str) -> str:
+    """What prompts are counted and scored by: the task's token, the tag that somebody's own begins with, `<DocVQA>` of
+    `<DocVQA>what is the total?`, or "text"."""
+    token = next((token for token in TASKS if token in prompt), None)
+    tag = _TAG.match(prompt)
+    return token or (tag.group(1) if tag and not tag.group(1).startswith("<loc_") else "text")
 
 
 def has_shapes(task: Task | None) -> bool:

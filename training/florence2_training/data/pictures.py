@@ -70,9 +70,8 @@ def _says_more_behind_pixels(png: Path) -> bool:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture that was read whole: its upright size and its file's sha256, or what is wrong with it."""
+    """A picture that was read whole: its file's sha256, and what is wrong with it."""
 
-    size: Size | None
     digest: bytes
     problem: str = ""
 
@@ -81,12 +80,13 @@ def see(path: Path) -> Seen:
     try:
         data = path.read_bytes()
     except OSError as error:
-        return Seen(None, b"", f"the picture {path} can't be read ({error.strerror})")
+        return Seen(b"", f"the picture {path} can't be read ({error.strerror})")
     digest = hashlib.sha256(data).digest()
     try:
-        return Seen(decode(data).size, digest)
+        decode(data)
     except InvalidRequest as error:
-        return Seen(None, digest, f"{path}: {error}")
+        return Seen(digest, f"{path}: {error}")
+    return Seen(digest)
 
 
 def see_all(paths: list[Path]) -> list[Seen]:

@@ -8,11 +8,13 @@ from florence2.locations import Size, to_text
 
 @dataclass(frozen=True)
 class Region:
-    """Coordinates x, y, x, y, … that the model reads or writes as location tokens: 4 are a box, 8 a quad."""
+    """Coordinates x, y, x, y, … that the model reads or writes as location tokens: 2 are a point, 4 a box, 8 a quad."""
 
     points: tuple[float, ...]
     space: Size | None = None
-    """The (width, height) they are measured in: (1000, 1000), (1, 1); None is pixels of the picture seen upright."""
+    """The (width, height) they are measured in, (1000, 1000); None is pixels of the picture seen upright."""
+    written: str = ""
+    """The numbers as the data set has them, for messages, where these are others."""
 
 
 Text = tuple[str | Region, ...]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 SHOWN = 10
-"""Messages kept of each kind."""
+"""Messages of each kind that are kept, unless all are."""
 LABELS = 10_000
 """Distinct labels and prompts counted; the rest is counted together."""
 REST = "(others)"
@@ -17,7 +17,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "outside": ("error", "boxes outside their picture; correct them, the model would learn its edge"),
     "degenerate": ("error", "boxes without width or height (x1 >= x2 or y1 >= y2); correct or remove them"),
     "no token": ("error", "locations that are no token; the model has <loc_0> to <loc_999>"),
-    "label": ("error", "labels that the answer's parser would eat; write them without < and not empty"),
+    "label": (
+        "error",
+        "labels that don't come back from the answer's parser; write them on one line, not empty, and without <",
+    ),
     "answer": (
         "error",
         "answers with locations that don't come back as boxes; write LABEL<loc_x1><loc_y1><loc_x2><loc_y2>",
@@ -26,6 +29,7 @@ KINDS: dict[str, tuple[str, str]] = {
     "loose text": ("warning", "answers with text that belongs to no box and is dropped"),
     "leak": ("warning", "pictures that are in several splits"),
     "rounding": ("warning", "coordinates that another rule than Florence-2's floor made"),
+    "empty": ("note", "answers that are empty: there is nothing, or what there is was not found"),
     "same bin": ("note", "boxes so thin that both edges fall into one bin"),
     "letters": (
         "note",
@@ -44,10 +48,11 @@ class Report:
     splits: dict[str, int] = field(default_factory=dict)
     """Samples that can be used, by split."""
     tasks: dict[str, Counter[str]] = field(default_factory=dict)
-    """By split: samples by task token, or "text" for other prompts."""
+    """By split: samples by what `parsing.name_of` calls their prompt."""
     labels: Counter[str] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     messages: dict[str, list[str]] = field(default_factory=dict)
+    every_message: bool = False
     pictures: int = 0
     pictures_checked: bool = True
     lengths: Counter[int] | None = None
@@ -57,7 +62,7 @@ class Report:
     def add(self, kind: str, message: str) -> None:
         self.counts[kind] += 1
         kept = self.messages.setdefault(kind, [])
-        if len(kept) < SHOWN:
+        if self.every_message or len(kept) < SHOWN:
             kept.append(message)
 
     def add_label(self, label: str) -> None:
@@ -120,8 +125,8 @@ class Report:
         for kind, (severity, words) in KINDS.items():
             if self.counts[kind]:
                 lines.append(f"{severity}: {self.counts[kind]} {words}")
-                lines += [f"  {message}" for message in self.messages[kind]]
-                if self.counts[kind] > len(self.messages[kind]):
-                    lines.append(f"  and {self.counts[kind] - len(self.messages[kind])} more")
+                lines += [f"  {message}" for message in self.messages[kind][:SHOWN]]
+                if self.counts[kind] > SHOWN:
+                    lines.append(f"  and {self.counts[kind] - SHOWN} more")
         lines.append(f"{self.total('error')} errors, {self.total('warning')} warnings, {self.total('note')} notes")
         return "\n".join(lines)

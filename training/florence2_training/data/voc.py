@@ -1,6 +1,7 @@
 """Pascal VOC: one XML file a picture, boxes 1-based with both ends in them."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,6 +13,8 @@ from florence2_training.data.record import Problem, Region, Sample
 _EDGES = (("xmin", -1), ("ymin", -1), ("xmax", 0), ("ymax", 0))
 """Pixels are counted from 1: the box's edges are left of the first pixel and right of the last (detectron2's
 `load_voc_instances`)."""
+_PRESENCE = re.compile(r"\s+(?:1|-1|0)$")
+"""Behind a name in the list of one class: whether the picture has it."""
 
 
 def find_voc(path: Path) -> dict[str, Path]:
@@ -24,11 +27,12 @@ def find_voc(path: Path) -> dict[str, Path]:
 
 
 def read_voc(path: Path, images: Path | None) -> Iterator[Sample | Problem]:
+    """Boxes of a file whose pixels are counted from 0, as an xmin or ymin of 0 shows, are taken as they are."""
     root = path.parents[2] if path.is_file() else path
     folder = root / "Annotations" if (root / "Annotations").is_dir() else root
     if path.is_file():
-        stems = [line.split()[0] for line in path.read_text("utf-8").splitlines() if line.strip()]
-        files = [folder / f"{stem}.xml" for stem in stems]
+        lines = map(str.strip, path.read_text("utf-8").split("\n"))
+        files = [_listed(folder, line) for line in lines if line]
     else:
         files = sorted(folder.glob("*.xml"))
     for file in files:
@@ -36,6 +40,11 @@ def read_voc(path: Path, images: Path | None) -> Iterator[Sample | Problem]:
             yield _sample(file, [images] if images else [root / "JPEGImages", folder])
         except ValueError as error:
             yield Problem(file.name, str(error))
+
+
+def _listed(folder: Path, line: str) -> Path:
+    whole = folder / f"{line}.xml"
+    return whole if whole.is_file() else folder / f"{_PRESENCE.sub('', line)}.xml"
 
 
 class _NoDoctype(ElementTree.TreeBuilder):
@@ -51,15 +60,28 @@ def _sample(file: Path, folders: list[Path]) -> Sample:
         root = ElementTree.fromstring(file.read_bytes(), ElementTree.XMLParser(target=_NoDoctype()))
     except ElementTree.ParseError as error:
         raise ValueError(f"no XML ({error}); repair it") from None
-    answer: list[str | Region] = []
-    for thing in root.iter("object"):
-        label, box = (thing.findtext("name") or "").strip(), thing.find("bndbox")
-        if box is None:
-            raise ValueError("an object has no bndbox; add xmin, ymin, xmax, ymax")
-        answer += [label, Region(tuple(_number(box, name) + shift for name, shift in _EDGES))]
+    things = [_thing(thing) for thing in root.iter("object")]
+    from_one = all(min(edges[:2]) >= 1 for _, edges in things)
+    answer = tuple(part for label, edges in things for part in (label, _region(edges, from_one)))
     sides = [root.findtext(f"size/{side}") or "" for side in ("width", "height")]
     stated = (int(sides[0]), int(sides[1])) if all(side.isdecimal() and int(side) for side in sides) else None
-    return Sample(_picture(root.findtext("filename"), file, folders), ("<OD>",), tuple(answer), file.name, stated)
+    return Sample(_picture(root.findtext("filename"), file, folders), ("<OD>",), answer, file.name, stated)
+
+
+def _thing(thing: ElementTree.Element) -> tuple[str, list[float]]:
+    """Its label and the numbers of its box."""
+    label, box = (thing.findtext("name") or "").strip(), thing.find("bndbox")
+    if not label:
+        raise ValueError("an object has no name; name it")
+    if box is None:
+        raise ValueError("an object has no bndbox; add xmin, ymin, xmax, ymax")
+    return label, [_number(box, name) for name, _ in _EDGES]
+
+
+def _region(edges: list[float], from_one: bool) -> Region:
+    shifts = [shift * from_one for _, shift in _EDGES]
+    written = ", ".join(f"{name} {edge:g}" for (name, _), edge in zip(_EDGES, edges, strict=True))
+    return Region(tuple(edge + shift for edge, shift in zip(edges, shifts, strict=True)), written=written)
 
 
 def _number(box: ElementTree.Element, name: str) -> float:
@@ -71,6 +93,6 @@ def _number(box: ElementTree.Element, name: str) -> float:
 
 def _picture(name: str | None, file: Path, folders: list[Path]) -> Path:
     names = [name.strip()] if name and name.strip() else []
-    names += [file.stem + suffix for suffix in SUFFIXES]
+    names += [file.stem + suffix for lower in SUFFIXES for suffix in (lower, lower.upper())]
     places = [folder / each for folder in folders for each in names]
     return next((place for place in places if os.path.isfile(place)), places[0])

@@ -1,6 +1,7 @@
 """YOLO: data.yaml, or images/ beside labels/; boxes and polygons in parts of the picture."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,13 @@ from florence2_training.data.record import Problem, Region, Sample, Text
 
 _SPLITS = ("train", "val", "valid", "test")
 _YAMLS = ("data.yaml", "data.yml", "dataset.yaml")
+
+
+@dataclass(frozen=True)
+class _Classes:
+    names: dict[int, str]
+    keypoints: bool
+    """Whether points stand behind the four numbers of a box."""
 
 
 def find_yolo(path: Path) -> dict[str, Path]:
@@ -27,44 +35,48 @@ def find_yolo(path: Path) -> dict[str, Path]:
 
 
 def read_yolo(path: Path, images: Path | None, split: str) -> Iterator[Sample | Problem]:
-    """`path`: data.yaml, or a folder of pictures. Raises ValueError where the class names are missing."""
+    """`path`: data.yaml, or a folder of pictures. Raises ValueError where class names or label files are missing."""
     if path.is_file():
         config = _config(path)
-        names = _names(config.get("names"), path)
-        pictures = _of_config(config, path, images, split)
+        classes = _classes(config, path)
+        pictures = list(_of_config(config, path, images, split))
     else:
-        names = _names_near(path)
+        classes = _classes_near(path)
         pictures = _in_folder(images or path)
+    if pictures and not any(_labels_of(picture).is_file() for picture in pictures):
+        raise ValueError(
+            f"{path}: no picture of {split} has a label file; that of {pictures[0].name} would be "
+            f"{_labels_of(pictures[0])}; put them there, or take the split out"
+        )
     for picture in pictures:
         labels = _labels_of(picture)
-        try:
-            answer = _answer(labels, names)
-        except ValueError as error:
-            yield Problem(str(error).split(" ", 1)[0], str(error).split(" ", 1)[1])
-            continue
-        yield Sample(picture, ("<OD>",), answer, labels.name)
+        answer = _answer(labels, classes)
+        yield answer if isinstance(answer, Problem) else Sample(picture, ("<OD>",), answer, labels.name)
 
 
-def _answer(labels: Path, names: dict[int, str]) -> Text:
-    """Raises ValueError "FILE:LINE what to do"."""
+def _answer(labels: Path, classes: _Classes) -> Text | Problem:
     if not labels.is_file():
         return ()
     answer: list[str | Region] = []
-    for number, line in enumerate(labels.read_text("utf-8", "replace").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{labels.name}:{number}"
+    for number, line in enumerate(labels.read_text("utf-8", "replace").split("\n"), 1):
         try:
-            kind, *values = (float(word) for word in line.split())
-        except ValueError:
-            raise ValueError(f"{where} not numbers: {line[:60]!r}; write: class cx cy w h") from None
-        if kind not in names:
-            raise ValueError(f"{where} class {kind:g} has no name; add it to the names")
-        answer += [names[int(kind)], Region(_corners(values, where), (1000, 1000))]
+            answer += _box(line, classes) if line.strip() else ()
+        except ValueError as error:
+            return Problem(f"{labels.name}:{number}", str(error))
     return tuple(answer)
 
 
-def _corners(values: list[float], where: str) -> tuple[float, ...]:
+def _box(line: str, classes: _Classes) -> Text:
+    try:
+        kind, *values = map(float, line.split())
+    except ValueError:
+        raise ValueError(f"not numbers: {line[:60]!r}; write: class cx cy w h") from None
+    if not classes.names.get(int(kind) if kind.is_integer() else -1):
+        raise ValueError(f"class {kind:g} has no name; add it to the names")
+    return classes.names[int(kind)], Region(_corners(values[:4] if classes.keypoints else values), (1000, 1000))
+
+
+def _corners(values: list[float]) -> tuple[float, ...]:
     if len(values) == 4:
         cx, cy, w, h = values
         edges = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
@@ -72,9 +84,9 @@ def _corners(values: list[float], where: str) -> tuple[float, ...]:
         xs, ys = values[0::2], values[1::2]
         edges = (min(xs), min(ys), max(xs), max(ys))
     else:
-        raise ValueError(f"{where} {len(values)} numbers behind the class; a box has 4, cx cy w h, a polygon x y pairs")
+        raise ValueError(f"{len(values)} numbers behind the class; a box has 4, cx cy w h, a polygon x y pairs")
     if not all(abs(edge) < 1e6 for edge in edges):
-        raise ValueError(f"{where} coordinates are no numbers from 0 to 1; write parts of the picture")
+        raise ValueError("coordinates are no numbers from 0 to 1; write parts of the picture")
     # Thousandths; 0.3 - 0.1 is 0.19999…, which is in another bin than the 0.2 that was meant.
     return tuple(round(edge * 1000, 6) for edge in edges)
 
@@ -109,8 +121,8 @@ def _of_config(config: dict[str, Any], path: Path, images: Path | None, split: s
             raise ValueError(f"{path}: {split} is {entry}, which is not there; correct it or `path`")
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
-    yield from sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+def _in_folder(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def _labels_of(picture: Path) -> Path:
@@ -128,21 +140,23 @@ def _splits(config: Path) -> dict[str, Path]:
     return {name: config for name in _SPLITS if content.get(name)}
 
 
-def _names_near(folder: Path) -> dict[int, str]:
+def _classes_near(folder: Path) -> _Classes:
     for place in list(folder.parents)[:2]:
         for name in _YAMLS:
             if (place / name).is_file():
-                return _names(_config(place / name).get("names"), place / name)
+                return _classes(_config(place / name), place / name)
         for inner in (place, place / "labels"):
             if (inner / "classes.txt").is_file():
-                names = (inner / "classes.txt").read_text("utf-8").splitlines()
-                return _names([name.strip() for name in names if name.strip()], inner / "classes.txt")
+                names = (inner / "classes.txt").read_text("utf-8").rstrip().split("\n")
+                return _classes({"names": names}, inner / "classes.txt")
     raise ValueError(f"{folder}: class names are missing; put data.yaml or classes.txt beside images/ and labels/")
 
 
-def _names(names: Any, path: Path) -> dict[int, str]:
+def _classes(config: dict[str, Any], path: Path) -> _Classes:
+    names = config.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not all(str(number).isdecimal() for number in names):
         raise ValueError(f"{path}: names is a list of class names, or a table number: name")
-    return {int(number): str(name) for number, name in names.items()}
+    named = {int(number): "" if name is None else str(name).strip() for number, name in names.items()}
+    return _Classes(named, "kpt_shape" in config)

@@ -11,6 +11,7 @@ from florence2_training.data.record import Example
 from florence2_training.demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, Picture, draw
 from florence2_training.demo.samples import Sample, answer, groups
 from florence2_training.evaluation.models import TorchModel
+from florence2_training.evaluation.question import questions
 from florence2_training.evaluation.score import score
 
 _GROUNDING = "<CAPTION_TO_PHRASE_GROUNDING>"
@@ -57,7 +58,7 @@ def evaluate(checkpoint: Path, count: int, seed: int, greedy: bool = False) -> l
         with TemporaryDirectory() as folder:
             for task in dict.fromkeys(task for task, _, _ in measures):
                 asked = _examples(task, pictures, Path(folder))
-                answers = model.predict(tqdm(asked, f"{name} {task}", disable=None))
+                answers = model.predict(questions(tqdm(asked, f"{name} {task}", disable=None)))
                 scores = {found.metric: found for found in score(answers)}
                 for own, figure, metric in measures:
                     if own == task:

@@ -33,7 +33,7 @@ def draw_stamped(seed: int, split: int, index: int) -> Picture:
 
 def _stamp(rng: Generator, image: Image.Image, others: list[Thing]) -> Thing | None:
     """A round seal, turned: two rings, a word across. None where no free place was found."""
-    side = int(min(image.size) * rng.uniform(0.2, 0.32))
+    side = int(min(image.size) * rng.uniform(0.28, 0.42))
     colour = str(rng.choice(_INKS))
     for _ in range(20):
         left, top = (int(rng.integers(2, extent - side - 2)) for extent in image.size)
@@ -57,7 +57,7 @@ def _seal(rng: Generator, side: int) -> Image.Image:
     return seal.rotate(float(rng.uniform(-40, 40)), Image.Resampling.BICUBIC)
 
 
-_SPLITS = (("train", TRAINING, 2000), ("valid", HELD_OUT, 100), ("test", HELD_OUT, 300))
+_SPLITS = (("train", TRAINING, 4000), ("valid", HELD_OUT, 100), ("test", HELD_OUT, 300))
 _SEED = 2027
 
 
@@ -66,7 +66,7 @@ def write_all(folder: Path, scale: float) -> Iterator[tuple[Path, int]]:
     checkpoint knows, to train with and to test."""
     for place, (name, split, count) in enumerate(_SPLITS):
         yield folder / f"{name}.jsonl", _write_stamps(folder, name, round(count * scale), _SEED + place, split)
-    for name, split, count in (("replay", TRAINING, 3000), ("known", HELD_OUT, 1500)):
+    for name, split, count in (("replay", TRAINING, 16000), ("known", HELD_OUT, 1500)):
         yield folder / f"{name}.jsonl", _write_known(folder, name, round(count * scale), _SEED, split)
 
 

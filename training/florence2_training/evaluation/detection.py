@@ -16,8 +16,17 @@ from pycocotools.cocoeval import COCOeval
 from florence2.locations import Size
 from florence2_training.evaluation.reference import Instance
 
-Pair = tuple[list[Instance], list[Instance]]
-"""What was answered, best score first, and what was wanted."""
+MOST_LABELS = 1000
+"""COCOeval takes a round for each label and question: more are descriptions, not classes, and have no AP."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    answered: list[Instance]
+    """Best score first."""
+    wanted: list[Instance]
+    size: Size
+    """(width, height) of the picture."""
 
 
 @dataclass
@@ -29,26 +38,26 @@ class Detection:
 
     @cached_property
     def labels(self) -> list[str]:
-        return sorted({instance.label for _, wanted in self.pairs for instance in wanted})
+        return sorted({instance.label for pair in self.pairs for instance in pair.wanted})
 
     @cached_property
     def matched(self) -> list[int]:
         """Per question, how many boxes are right."""
-        return [
-            len(match(answered, wanted, box_ious(answered, wanted), self.iou, labelled=True))
-            for answered, wanted in self.pairs
-        ]
+        return [len(match(pair.answered, pair.wanted, box_ious(pair), self.iou, labelled=True)) for pair in self.pairs]
 
     @property
     def answered(self) -> int:
-        return sum(len(answered) for answered, _ in self.pairs)
+        return sum(len(pair.answered) for pair in self.pairs)
 
     @property
     def wanted(self) -> int:
-        return sum(len(wanted) for _, wanted in self.pairs)
+        return sum(len(pair.wanted) for pair in self.pairs)
 
     def precision(self) -> float | None:
-        return sum(self.matched) / self.answered if self.answered else None
+        """0 where boxes are wanted and none is answered: a training run compares it."""
+        if not self.answered:
+            return 0.0 if self.wanted else None
+        return sum(self.matched) / self.answered
 
     def recall(self) -> float | None:
         return sum(self.matched) / self.wanted if self.wanted else None
@@ -58,18 +67,18 @@ class Detection:
         return 2 * sum(self.matched) / total if total else None
 
     def exact(self) -> float:
-        """Questions whose boxes are all found, with their labels, and none besides: as TF-ID counts its pages
-        (github.com/ai8hyf/TF-ID)."""
+        """Questions whose boxes are all found, with their labels, and none besides: what TF-ID counts of its pages
+        (github.com/ai8hyf/TF-ID), whose own figure people have judged, without an IoU."""
         hits = [
-            len(answered) == len(wanted) == count
-            for (answered, wanted), count in zip(self.pairs, self.matched, strict=True)
+            len(pair.answered) == len(pair.wanted) == count
+            for pair, count in zip(self.pairs, self.matched, strict=True)
         ]
         return sum(hits) / len(hits)
 
     def unknown_labels(self) -> float | None:
         """The share of the boxes whose label occurs in no reference: AP doesn't see them."""
-        labels = [instance.label for answered, _ in self.pairs for instance in answered]
-        return sum(label not in self.labels for label in labels) / len(labels) if labels else None
+        labels, known = [instance.label for pair in self.pairs for instance in pair.answered], set(self.labels)
+        return sum(label not in known for label in labels) / len(labels) if labels else None
 
     def average_precision(self, threshold: float | None = None) -> float | None:
         """COCO's: the mean over the labels that are wanted somewhere, at one IoU or over 0.5, 0.55, ... 0.95."""
@@ -90,8 +99,8 @@ class Detection:
 
     @cached_property
     def precisions(self) -> NDArray[np.float64] | None:
-        """[thresholds, recalls 0, 0.01, ... 1, labels] from COCOeval; None if no box is wanted."""
-        if not self.labels:
+        """[thresholds, recalls 0, 0.01, ... 1, labels] from COCOeval; None if no box is wanted, or too many labels."""
+        if not 0 < len(self.labels) <= MOST_LABELS:
             return None
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(self._coco(wanted=True), self._coco(wanted=False), "bbox")
@@ -107,9 +116,9 @@ class Detection:
         index = {label: number for number, label in enumerate(self.labels, start=1)}
         annotations: list[dict[str, Any]] = []
         for image, pair in enumerate(self.pairs):
-            for instance in pair[1 if wanted else 0]:
+            for instance in pair.wanted if wanted else pair.answered:
                 if instance.label in index:
-                    box = _corner_and_size(instance.shape)
+                    box = _corner_and_size(instance.shape, pair.size)
                     number = len(annotations) + 1
                     annotations.append(
                         {"id": number, "image_id": image, "category_id": index[instance.label], "bbox": box}
@@ -150,33 +159,42 @@ def match(
     return pairs
 
 
-def box_ious(answered: Sequence[Instance], wanted: Sequence[Instance]) -> NDArray[np.float64]:
+def box_ious(pair: Pair) -> NDArray[np.float64]:
     """[answered, wanted], as COCO computes them."""
-    if not answered or not wanted:
-        return np.zeros((len(answered), len(wanted)))
+    if not pair.answered or not pair.wanted:
+        return np.zeros((len(pair.answered), len(pair.wanted)))
     boxes = [
-        np.array([_corner_and_size(instance.shape) for instance in side], np.float64) for side in (answered, wanted)
+        np.array([_corner_and_size(instance.shape, pair.size) for instance in side], np.float64)
+        for side in (pair.answered, pair.wanted)
     ]
-    return np.asarray(mask.iou(*boxes, [0] * len(wanted)))
+    return np.asarray(mask.iou(*boxes, [0] * len(pair.wanted)))
 
 
 GRID = 1000
 """Bins of a coordinate: quads are compared on the grid on which the model writes them, whatever the picture's size."""
 
 
-def quad_ious(answered: Sequence[Instance], wanted: Sequence[Instance], size: Size) -> NDArray[np.float64]:
+def quad_ious(pair: Pair) -> NDArray[np.float64]:
     """[answered, wanted], of the areas themselves and not of the boxes around them."""
-    if not answered or not wanted:
-        return np.zeros((len(answered), len(wanted)))
-    scale = np.tile([GRID / size[0], GRID / size[1]], 4)
+    if not pair.answered or not pair.wanted:
+        return np.zeros((len(pair.answered), len(pair.wanted)))
+    scale = np.tile([GRID / pair.size[0], GRID / pair.size[1]], 4)
     areas = [
         mask.frPyObjects([(np.array(instance.shape) * scale).tolist() for instance in side], GRID, GRID)
-        for side in (answered, wanted)
+        for side in (pair.answered, pair.wanted)
     ]
-    return np.asarray(mask.iou(*areas, [0] * len(wanted)))
+    return np.asarray(mask.iou(*areas, [0] * len(pair.wanted)))
 
 
-def _corner_and_size(box: Sequence[float]) -> list[float]:
+def _corner_and_size(box: Sequence[float], size: Size) -> list[float]:
     x1, y1, x2, y2 = box
-    # COCOeval takes no notice of boxes with a negative area.
-    return [x1, y1, max(x2 - x1, 0.0), max(y2 - y1, 0.0)]
+    (x, width), (y, height) = _span(x1, x2, size[0] / GRID), _span(y1, y2, size[1] / GRID)
+    return [x, y, width, height]
+
+
+def _span(low: float, high: float, bin: float) -> tuple[float, float]:
+    """Start and length. Edges that share a bin span that bin: without an area nothing could find the box."""
+    if high < low:
+        # COCOeval takes no notice of boxes with a negative area.
+        return low, 0.0
+    return ((low + high - bin) / 2, bin) if high - low < bin else (low, high - low)

@@ -52,16 +52,16 @@ def _text_quality(case: Case, _: float) -> float:
 
 
 def _box_quality(case: Case, iou: float) -> float:
-    answered, expected = case.answered, case.expected
-    pairs = match(answered, expected, box_ious(answered, expected), iou, labelled=True)
-    return _share(2 * len(pairs), len(answered) + len(expected))
+    pair = case.pair
+    matched = match(pair.answered, pair.wanted, box_ious(pair), iou, labelled=True)
+    return _share(2 * len(matched), len(pair.answered) + len(pair.wanted))
 
 
 def _quad_quality(case: Case, iou: float) -> float:
-    answered, expected = case.answered, case.expected
-    pairs = match(answered, expected, quad_ious(answered, expected, case.prediction.size), iou, labelled=False)
-    right = sum(answered[index].label == expected[other].label for index, other in pairs)
-    return _share(2 * right, len(answered) + len(expected))
+    pair = case.pair
+    matched = match(pair.answered, pair.wanted, quad_ious(pair), iou, labelled=False)
+    right = sum(pair.answered[index].label == pair.wanted[other].label for index, other in matched)
+    return _share(2 * right, len(pair.answered) + len(pair.wanted))
 
 
 def _mask_quality(case: Case, _: float) -> float:
@@ -76,6 +76,7 @@ def _share(part: float, whole: float) -> float:
 _QUALITY: dict[Kind, Callable[[Case, float], float]] = {
     Kind.DETECTION: _box_quality,
     Kind.PROPOSAL: _box_quality,
+    Kind.LOCATIONS: _box_quality,
     Kind.GROUNDING: _box_quality,
     Kind.SEGMENTATION: _mask_quality,
     Kind.READING_IN_PLACE: _quad_quality,

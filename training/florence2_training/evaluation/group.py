@@ -7,11 +7,13 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from florence2.tasks import AnswerKind
+from florence2.prompts import parse
+from florence2.tasks import TASKS, AnswerKind, Task
+from florence2_training.data.parsing import has_shapes, name_of, parse_answer, task_of
 from florence2_training.evaluation import captions
-from florence2_training.evaluation.detection import Detection
+from florence2_training.evaluation.detection import Detection, Pair
 from florence2_training.evaluation.prediction import Prediction
-from florence2_training.evaluation.reference import DETECTION, Instance, found, has_boxes, read, tag_of, task_of
+from florence2_training.evaluation.reference import Instance, found
 
 
 class Kind(Enum):
@@ -19,6 +21,8 @@ class Kind(Enum):
 
     DETECTION = "detection"
     PROPOSAL = "proposal"
+    LOCATIONS = "locations"
+    """Boxes without labels that answer a prompt of somebody's own."""
     GROUNDING = "grounding"
     SEGMENTATION = "segmentation"
     CAPTION = "caption"
@@ -45,6 +49,11 @@ _ANSWER_KINDS = {
     AnswerKind.PHRASE_GROUNDING: Kind.GROUNDING,
     AnswerKind.POLYGONS: Kind.SEGMENTATION,
 }
+_OWN_KINDS = {"<OD>": Kind.DETECTION, "<REGION_PROPOSAL>": Kind.LOCATIONS}
+"""By the task that answers to prompts of somebody's own are read as."""
+_OWN_NAMES = {Kind.DETECTION: "boxes", Kind.LOCATIONS: "locations", Kind.TEXT: "text"}
+_SHAPES = {Kind.READING_IN_PLACE: "quad_boxes", Kind.SEGMENTATION: "polygons"}
+"""What is compared where it isn't boxes; an answer with other shapes has found nothing."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +63,20 @@ class Case:
     prediction: Prediction
     answer: Any
     wanted: list[Any]
+    shape: str
 
     @property
     def answered(self) -> list[Instance]:
-        return found(self.answer)
+        return found(self.answer, self.shape)
 
     @property
     def expected(self) -> list[Instance]:
         """Of the first reference: boxes have no other."""
-        return found(self.wanted[0])
+        return found(self.wanted[0], self.shape)
+
+    @property
+    def pair(self) -> Pair:
+        return Pair(self.answered, self.expected, self.prediction.size)
 
 
 @dataclass
@@ -75,7 +89,7 @@ class Group:
     @cached_property
     def detection(self) -> Detection:
         """Shared by the metrics that match boxes by label."""
-        return Detection([(case.answered, case.expected) for case in self.cases], self.iou)
+        return Detection([case.pair for case in self.cases], self.iou)
 
     @cached_property
     def words(self) -> captions.Words:
@@ -84,48 +98,66 @@ class Group:
 
 
 def groups(predictions: Iterable[Prediction], iou: float) -> list[Group]:
-    """By task. Other prompts go by the tag they begin with, `<DocVQA>`, or else are "boxes" and "text", by what their
-    references hold. Raises ValueError for a prediction without references."""
+    """By task. Other prompts go by the tag they begin with, `<DocVQA>`, or else are "boxes", "locations" and "text", by
+    what their references hold. Raises ValueError for a prediction without references."""
     if not 0 < iou <= 1:
         raise ValueError(f"IoU must be more than 0 and at most 1, not {iou}")
     listed = list(predictions)
     for prediction in listed:
         if not prediction.references:
             raise ValueError(f"{prediction.image}, {prediction.prompt}: no reference to compare the answer with")
-    boxed = {_prompt_group(p.prompt) for p in listed if not task_of(p.prompt) and has_boxes(p.references)}
+    # An empty reference says nothing of its kind; others to the same prompt do.
+    own = {_prompt_group(p.prompt): task for p in listed if (task := _own_task(p))}
     by_name: dict[str, list[Case]] = defaultdict(list)
     kinds: dict[str, Kind] = {}
     for prediction in listed:
-        name, kind = _place(prediction, boxed)
+        task = _task(prediction, own)
+        name, kind = _place(prediction, task)
         # One task may be answered in boxes here and in polygons there.
         name = name if kinds.setdefault(name, kind) is kind else f"{name} {kind.value}"
         kinds.setdefault(name, kind)
-        by_name[name].append(_case(prediction, kind))
+        by_name[name].append(_case(prediction, task, kind))
     return [Group(name, kinds[name], cases, iou) for name, cases in by_name.items()]
 
 
 def _prompt_group(prompt: str) -> str:
-    return tag_of(prompt) or prompt
+    name = name_of(prompt)
+    return prompt if name == "text" else name
 
 
-def _place(prediction: Prediction, boxed: set[str]) -> tuple[str, Kind]:
-    task = task_of(prediction.prompt)
-    if task is None:
-        is_boxed = _prompt_group(prediction.prompt) in boxed
-        kind = Kind.DETECTION if is_boxed else Kind.TEXT
-        return tag_of(prediction.prompt) or ("boxes" if is_boxed else "text"), kind
-    if task.answer is AnswerKind.PURE_TEXT:
-        return task.token, _TASK_KINDS[task.token]
+def _own_task(prediction: Prediction) -> Task | None:
+    """The task that the references to a prompt of somebody's own are read as, if they hold boxes."""
+    if parse(prediction.prompt).task:
+        return None
+    return next(filter(None, (task_of(prediction.prompt, text) for text in prediction.references)), None)
+
+
+def _task(prediction: Prediction, own: dict[str, Task]) -> Task | None:
+    if task := parse(prediction.prompt).task or _own_task(prediction):
+        return task
+    return None if any(prediction.references) else own.get(_prompt_group(prediction.prompt))
+
+
+def _place(prediction: Prediction, task: Task | None) -> tuple[str, Kind]:
+    name = name_of(prediction.prompt)
+    if name not in TASKS:
+        kind = _OWN_KINDS[task.token] if task else Kind.TEXT
+        return _OWN_NAMES[kind] if name == "text" else name, kind
+    assert task
+    if not has_shapes(task):
+        return name, _TASK_KINDS[name]
     if task.answer is AnswerKind.DESCRIPTION_WITH_BBOXES_OR_POLYGONS:
         polygons = "<poly>" in prediction.references[0]
-        return task.token, Kind.SEGMENTATION if polygons else Kind.DETECTION
-    return task.token, _ANSWER_KINDS[task.answer]
+        return name, Kind.SEGMENTATION if polygons else Kind.DETECTION
+    return name, _ANSWER_KINDS[task.answer]
 
 
-def _case(prediction: Prediction, kind: Kind) -> Case:
-    task = task_of(prediction.prompt)
+def _case(prediction: Prediction, task: Task | None, kind: Kind) -> Case:
     (answer,) = prediction.answer.values()
-    if task is None and kind is Kind.DETECTION:
-        task = DETECTION
-        answer = prediction.regions or read(prediction.text, task, prediction.size)
-    return Case(prediction, answer, [read(text, task, prediction.size) for text in prediction.references])
+    if task and not parse(prediction.prompt).task:
+        answer = prediction.regions or parse_answer(task, prediction.text, prediction.size)
+    if kind is Kind.LOCATIONS:
+        # What the answer calls its boxes is not asked.
+        answer = answer | {"labels": [""] * len(answer["labels"])}
+    wanted = [parse_answer(task, text, prediction.size) for text in prediction.references]
+    return Case(prediction, answer, wanted, _SHAPES.get(kind, "bboxes"))

@@ -2,14 +2,14 @@
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,16 +29,23 @@ from florence2.generation.selection import Generation
 from florence2.generation.settings import GenerationSettings
 from florence2.images import decode
 from florence2.manifest import Manifest, read_json
-from florence2_training.data.record import Example
+from florence2_training.data.record import Problem
 from florence2_training.evaluation.prediction import Prediction
-from florence2_training.evaluation.question import Question, questions
-from florence2_training.evaluation.wording import Asked, Wording, predicted, read_picture
+from florence2_training.evaluation.question import Question
+from florence2_training.evaluation.wording import Asked, Wording, predicted, problem, read_picture
+from florence2_training.features import normalised
+
+Report = Callable[[Problem], None]
+
+
+def refuse(problem: Problem) -> None:
+    raise ValueError(str(problem))
 
 
 class Model(Protocol):
-    def predict(self, examples: Iterable[Example], limit: int | None = None) -> Iterator[Prediction]:
-        """One per question, in their order; `limit` is how many questions are asked. Raises ValueError or RuntimeError,
-        with the picture's name, for a question that can't be answered."""
+    def predict(self, asked: Iterable[Question], report: Report = refuse) -> Iterator[Prediction]:
+        """In the order of the questions. One that can't be asked, for its picture or its prompt, has no prediction and
+        goes to `report`. Raises RuntimeError for a model that fails."""
 
 
 class TorchModel:
@@ -63,9 +70,9 @@ class TorchModel:
             checkpoint.tokenizer, checkpoint.preprocessor, sizes, checkpoint.banned_grounding_phrases
         )
 
-    def predict(self, examples: Iterable[Example], limit: int | None = None) -> Iterator[Prediction]:
-        asked = map(self.wording.ask, questions(examples, limit))
-        while batch := list(islice(asked, self.batch_size)):
+    def predict(self, asked: Iterable[Question], report: Report = refuse) -> Iterator[Prediction]:
+        worded = _without_problems(map(self.wording.ask, asked), report)
+        while batch := list(islice(worded, self.batch_size)):
             with _evaluating(self.model), torch.no_grad():
                 answers = self._answer(batch)
             for one, (token_ids, logprobs) in zip(batch, answers, strict=True):
@@ -98,13 +105,9 @@ class TorchModel:
         return hidden, mask
 
     def _features(self, pixels: NDArray[np.uint8]) -> torch.Tensor:
-        """u8 [B, height, width, 3] -> [B, N, D], normalised as HF's image processor does."""
-        settings = self.checkpoint.preprocessor
-        mean, std = (
-            torch.tensor(settings[name], device=self.device).view(3, 1, 1) for name in ("image_mean", "image_std")
-        )
-        values = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float() * settings["rescale_factor"]
-        return self.model.get_image_features(((values - mean) / std).to(self.model.dtype)).pooler_output
+        """u8 [B, height, width, 3] -> [B, N, D]."""
+        values = normalised(torch.from_numpy(pixels).to(self.device), self.checkpoint.preprocessor)
+        return self.model.get_image_features(values.to(self.model.dtype)).pooler_output
 
     def _generation_config(self) -> Any:
         config = copy.deepcopy(self.model.generation_config)
@@ -157,20 +160,20 @@ class OnnxModel:
         self._vision = session(export / "vision_encoder.onnx")
         self._engine = Engine(GraphRunner(export, caches), Scheduler(caches, in_flight, in_flight))
 
-    def predict(self, examples: Iterable[Example], limit: int | None = None) -> Iterator[Prediction]:
+    def predict(self, asked: Iterable[Question], report: Report = refuse) -> Iterator[Prediction]:
         waiting: deque[_Waiting] = deque()
-        for question in questions(examples, limit):
-            waiting.append(self._submit(self.wording.ask(question)))
+        for one in _without_problems(map(self.wording.ask, asked), report):
+            waiting.append(self._submit(one))
             # One long answer holds those behind it back; their pictures take memory.
-            while sum(one.answer is None for one in waiting) >= self.in_flight or (
+            while sum(each.answer is None for each in waiting) >= self.in_flight or (
                 len(waiting) >= 4 * self.in_flight and waiting[0].answer is None
             ):
                 self._engine.step()
             while waiting and waiting[0].answer is not None:
                 yield self._prediction(waiting.popleft())
         self._engine.finish()
-        for one in waiting:
-            yield self._prediction(one)
+        for each in waiting:
+            yield self._prediction(each)
 
     def _submit(self, asked: Asked) -> "_Waiting":
         waiting = _Waiting(asked)
@@ -201,14 +204,17 @@ class ServedModel:
         self._overrides: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
         self._connect = lambda: Florence2Client(url, model=model, timeout=timeout)
 
-    def predict(self, examples: Iterable[Example], limit: int | None = None) -> Iterator[Prediction]:
+    def predict(self, asked: Iterable[Question], report: Report = refuse) -> Iterator[Prediction]:
+        return _without_problems(self._answers(asked), report)
+
+    def _answers(self, asked: Iterable[Question]) -> Iterator[Prediction | Problem]:
         clients: SimpleQueue[Florence2Client] = SimpleQueue()
         for _ in range(self.in_flight):
             clients.put(self._connect())
-        waiting: deque[Future[Prediction]] = deque()
+        waiting: deque[Future[Prediction | Problem]] = deque()
         with ThreadPoolExecutor(self.in_flight) as threads:
             try:
-                for question in questions(examples, limit):
+                for question in asked:
                     waiting.append(threads.submit(self._ask, clients, question))
                     while len(waiting) >= 2 * self.in_flight or (waiting and waiting[0].done()):
                         yield waiting.popleft().result()
@@ -219,15 +225,17 @@ class ServedModel:
                 while not clients.empty():
                     clients.get().close()
 
-    def _ask(self, clients: "SimpleQueue[Florence2Client]", question: Question) -> Prediction:
+    def _ask(self, clients: "SimpleQueue[Florence2Client]", question: Question) -> Prediction | Problem:
         client = clients.get()
         try:
             data = read_picture(question.image)
             size = decode(data).size
             answer = client.ask(data, question.prompt, **self._overrides)
         except ValueError as error:
-            raise ValueError(f"{question.image}, {question.prompt}: {error}") from None
+            return problem(question, error)
         except ServerRefused as error:
+            if error.status == "StatusCode.INVALID_ARGUMENT":
+                return problem(question, error)
             raise ServerRefused(f"{question.image}, {question.prompt}: {error}", error.status) from None
         finally:
             clients.put(client)
@@ -241,6 +249,17 @@ class _Waiting:
 
     def take(self, answer: Generation | Exception) -> None:
         self.answer = answer
+
+
+_T = TypeVar("_T")
+
+
+def _without_problems(found: Iterable[_T | Problem], report: Report) -> Iterator[_T]:
+    for one in found:
+        if isinstance(one, Problem):
+            report(one)
+        else:
+            yield one
 
 
 @contextmanager

@@ -22,7 +22,8 @@ class Prediction:
     answer: dict[str, Any]
     """`{task: value}` with scores, as `florence2.answers` parses it and as the server sends it."""
     regions: dict[str, Any] | None = None
-    """What a text with locations says that answers a prompt of somebody's own: read as the answer to `<OD>`."""
+    """What a text with locations says that answers a prompt of somebody's own, read as `data.parsing.task_of` says.
+    None, too, where one of them is no token of the model, <loc_1000>: boxes of that text count with the score 1."""
 
 
 def write_predictions(path: Path, predictions: Iterable[Prediction]) -> None:

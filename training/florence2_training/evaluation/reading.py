@@ -21,8 +21,9 @@ def character_errors(pairs: Sequence[Pair]) -> float | None:
 
 def word_errors(pairs: Sequence[Pair]) -> float | None:
     """Edits over the words of the nearest references; None if these are empty."""
-    wanted = [_nearest(*pair) for pair in pairs]
-    return float(jiwer.wer(wanted, [answer for answer, _ in pairs])) if any(wanted) else None
+    # jiwer takes words apart at spaces only.
+    wanted = [" ".join(_nearest(*pair).split()) for pair in pairs]
+    return float(jiwer.wer(wanted, [" ".join(answer.split()) for answer, _ in pairs])) if any(wanted) else None
 
 
 def normalized_distance(pairs: Sequence[Pair]) -> float:

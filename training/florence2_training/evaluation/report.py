@@ -1,6 +1,7 @@
 """Scores, curves and single answers on one page of HTML that needs nothing else."""
 
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from florence2_training.evaluation.gallery import exhibits
 from florence2_training.evaluation.group import Group, Kind
-from florence2_training.evaluation.score import NOT_COMPARABLE, Score, metric_of
+from florence2_training.evaluation.score import Score, metric_of, notes
 
 CURVES = 10
 """Labels that get a curve: those with the most boxes."""
@@ -37,7 +38,7 @@ def write_report(path: Path, groups: Sequence[Group], scores: Sequence[Score], t
     page = environment.get_template("report.html.jinja").render(
         title=title,
         scores=[(one, metric_of(one).source) for one in scores],
-        not_comparable=NOT_COMPARABLE if any(one.metric.endswith("-nojava") for one in scores) else None,
+        notes=notes(groups, scores),
         groups=[
             {"name": group.name, "count": len(group.cases), "curves": _curves(group), "exhibits": exhibits(group)}
             for group in groups
@@ -51,8 +52,8 @@ def _curves(group: Group) -> tuple[Markup, list[Curve], int] | None:
     if group.kind is not Kind.DETECTION or group.detection.precisions is None:
         return None
     labels = group.detection.labels
-    wanted = [instance.label for case in group.cases for instance in case.expected]
-    chosen = sorted(labels, key=lambda label: (-wanted.count(label), label))[:CURVES]
+    wanted = Counter(instance.label for case in group.cases for instance in case.expected)
+    chosen = sorted(labels, key=lambda label: (-wanted[label], label))[:CURVES]
     # COCO's precision at the recalls 0, 0.01, ... 1, for IoU 0.5.
     at_50 = group.detection.precisions[0]
     recalls = [step / (len(at_50) - 1) for step in range(len(at_50))]

@@ -4,11 +4,11 @@ All answers are free-running: the model reads its own words, never the reference
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from florence2_training.evaluation import captions, reading, segmentation, vqa
-from florence2_training.evaluation.detection import box_ious, match, quad_ious
+from florence2_training.evaluation.detection import MOST_LABELS, Pair, box_ious, match, quad_ious
 from florence2_training.evaluation.group import Case, Group, Kind, groups
 from florence2_training.evaluation.prediction import Prediction
 
@@ -53,7 +53,7 @@ def score_group(group: Group) -> list[Score]:
             count = len(_counted(name, group))
             stated = name.format(iou=f"{group.iou:g}")
             scores.append(Score(group.name, stated, float(value), count, metric.higher_is_better))
-    if group.kind is Kind.DETECTION and 1 < len(group.detection.labels) <= _NAMED:
+    if group.kind is Kind.DETECTION and len(group.detection.labels) <= _NAMED:
         for label, value in group.detection.average_precision_of_labels(0.5).items():
             scores.append(Score(group.name, f"AP50[{label}]", value, len(group.cases), True))
     return scores
@@ -61,6 +61,17 @@ def score_group(group: Group) -> list[Score]:
 
 _NAMED = 100
 """Labels that have a score of their own; more are descriptions, not classes."""
+
+
+def notes(groups: Sequence[Group], scores: Sequence[Score]) -> list[str]:
+    """What a reader of the scores must know besides."""
+    found = []
+    if any(one.metric.endswith("-nojava") for one in scores):
+        found.append(f"-nojava: {NOT_COMPARABLE}")
+    for group in groups:
+        if group.kind is Kind.DETECTION and len(group.detection.labels) > MOST_LABELS:
+            found.append(f"{group.name}: {len(group.detection.labels)} labels, AP is for at most {MOST_LABELS}")
+    return found
 
 
 def metric_of(one: Score) -> Metric:
@@ -83,8 +94,8 @@ def _grounding_accuracy(group: Group) -> float | None:
     """RefCOCO's: the expression has one box, and the best-scored box of the answer, whatever its label, is it."""
     hits = []
     for case in _expressions(group):
-        best = case.answered[:1]
-        hits.append(bool(best) and box_ious(best, case.expected)[0, 0] >= group.iou)
+        best = Pair(case.answered[:1], case.expected, case.prediction.size)
+        hits.append(bool(best.answered) and box_ious(best)[0, 0] >= group.iou)
     return sum(hits) / len(hits) if hits else None
 
 
@@ -104,10 +115,9 @@ def _words_in_place(group: Group) -> list[reading.Pair]:
     """The texts of quads that lie where one is wanted."""
     found: list[reading.Pair] = []
     for case in group.cases:
-        answered, expected = case.answered, case.expected
-        ious = quad_ious(answered, expected, case.prediction.size)
-        for index, other in match(answered, expected, ious, group.iou, labelled=False):
-            found.append((answered[index].label, [expected[other].label]))
+        pair = case.pair
+        for index, other in match(pair.answered, pair.wanted, quad_ious(pair), group.iou, labelled=False):
+            found.append((pair.answered[index].label, [pair.wanted[other].label]))
     return found
 
 
@@ -126,25 +136,33 @@ def _caption(measure: Callable[[captions.Words], float | None], ptb: bool) -> Me
 
 
 _BOXES = (Kind.DETECTION,)
-# Region proposals have no labels: all are equal.
-_MATCHED = (Kind.DETECTION, Kind.PROPOSAL)
+# Region proposals and bare locations have no labels: all are equal.
+_MATCHED = (Kind.DETECTION, Kind.PROPOSAL, Kind.LOCATIONS)
+_POINTED_AT = (Kind.GROUNDING, Kind.LOCATIONS)
 _TEXTS = (Kind.CAPTION, Kind.READING, Kind.CATEGORY, Kind.TEXT)
+_BINNED = f"boxes of the data set rounded to bins, crowds left out, at most {MOST_LABELS} labels"
 NOT_COMPARABLE = "without Java: another tokenizer than PTB's, not comparable with published figures"
 
 METRICS: dict[str, Metric] = {
-    "AP": Metric(_BOXES, lambda g: g.detection.average_precision(), "pycocotools, mean over IoU 0.5 to 0.95"),
-    "AP50": Metric(_BOXES, lambda g: g.detection.average_precision(0.5), "pycocotools"),
-    "AP75": Metric(_BOXES, lambda g: g.detection.average_precision(0.75), "pycocotools"),
+    "AP": Metric(
+        _BOXES, lambda g: g.detection.average_precision(), f"pycocotools, mean over IoU 0.5 to 0.95; {_BINNED}"
+    ),
+    "AP50": Metric(_BOXES, lambda g: g.detection.average_precision(0.5), f"pycocotools; {_BINNED}"),
+    "AP75": Metric(_BOXES, lambda g: g.detection.average_precision(0.75), f"pycocotools; {_BINNED}"),
     "precision@{iou}": Metric(
         _MATCHED, lambda g: g.detection.precision(), "best score first, one to one, equal labels"
     ),
     "recall@{iou}": Metric(_MATCHED, lambda g: g.detection.recall(), "best score first, one to one, equal labels"),
     "F1@{iou}": Metric(_MATCHED, lambda g: g.detection.f1(), "of the two before"),
-    "page_exact@{iou}": Metric(_BOXES, lambda g: g.detection.exact(), "TF-ID: all boxes found, none besides"),
+    "page_exact@{iou}": Metric(
+        _BOXES, lambda g: g.detection.exact(), "all boxes found, none besides; TF-ID's are judged by people"
+    ),
     "unknown_labels": Metric(
         _BOXES, lambda g: g.detection.unknown_labels(), "share of the boxes whose label no reference has", False
     ),
-    "accuracy@{iou}": Metric((Kind.GROUNDING,), _grounding_accuracy, "RefCOCO: the answer's best-scored box"),
+    "accuracy@{iou}": Metric(
+        _POINTED_AT, _grounding_accuracy, "RefCOCO: one box wanted, and the answer's best-scored box"
+    ),
     "found@{iou}": Metric(
         (Kind.GROUNDING,), lambda g: g.detection.recall(), "share of wanted boxes that a box of equal label covers"
     ),

@@ -1,6 +1,5 @@
 """Questions -> what a model reads; what it writes -> predictions. As the served preprocess and postprocess do it."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,10 @@ from florence2.images import Resizer, decode
 from florence2.locations import Size
 from florence2.manifest import Sizes
 from florence2.prompts import PromptEncoder, parse
+from florence2_training.data.parsing import BINS, LOCATION, task_of
+from florence2_training.data.record import Problem
 from florence2_training.evaluation.prediction import Prediction
 from florence2_training.evaluation.question import Question
-from florence2_training.evaluation.reference import DETECTION
-
-_LOCATION = re.compile(r"<loc_(\d+)>")
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,12 @@ class Wording:
         self._detokenize = Detokenizer(tokenizer)
         self._parser = AnswerParser(banned_phrases, self.bins)
 
-    def ask(self, question: Question) -> Asked:
-        """Raises ValueError, with the picture's name, for what can't be asked."""
+    def ask(self, question: Question) -> Asked | Problem:
         try:
             image = decode(read_picture(question.image))
             input_ids = self._encoder.encode(question.prompt)
         except ValueError as error:
-            raise ValueError(f"{question.image}, {question.prompt}: {error}") from None
+            return problem(question, error)
         return Asked(question, image.size, self._resize(image), input_ids)
 
     def prediction(self, asked: Asked, token_ids: NDArray[np.int64], token_logprobs: ArrayLike) -> Prediction:
@@ -72,11 +69,18 @@ def predicted(
     token_logprobs: ArrayLike,
 ) -> Prediction:
     """What every model says of its answer, in the same words."""
+    (value,) = answer.values()
     regions = None
-    if parse(question.prompt).task is None and _LOCATION.search(text):
-        logprobs = np.concatenate([[0.0], np.asarray(token_logprobs, np.float64)])
-        regions = AnswerParser().parse(DETECTION, _located(text, token_ids), logprobs, size)
+    if isinstance(value, str) and parse(question.prompt).task is None:
+        task, located = task_of(question.prompt, value), _located(text, token_ids)
+        if task and located:
+            logprobs = np.concatenate([[0.0], np.asarray(token_logprobs, np.float64)])
+            regions = AnswerParser().parse(task, located, logprobs, size)
     return Prediction(str(question.image), size, question.prompt, question.references, text, answer, regions)
+
+
+def problem(question: Question, error: Exception) -> Problem:
+    return Problem(f"{question.image}, {question.prompt}", str(error))
 
 
 def read_picture(path: Path) -> bytes:
@@ -86,12 +90,15 @@ def read_picture(path: Path) -> bytes:
         raise ValueError(f"the picture can't be read: {error.strerror}") from None
 
 
-def _located(text: str, token_ids: NDArray[np.int64]) -> Decoded:
-    """The text with the token of each of its locations, found without a tokenizer: a server sends none.
+def _located(text: str, token_ids: NDArray[np.int64]) -> Decoded | None:
+    """The text with the token of each of its locations, found without a tokenizer: a server sends none. None where
+    there is no location, or one that was written letter by letter, <loc_1000>.
 
     Ids of location tokens follow one another, above the words: Florence2Processor adds them in order.
     """
-    found = list(_LOCATION.finditer(text))
+    found = list(LOCATION.finditer(text))
+    if not found or any(len(match.group(1)) > len(str(BINS - 1)) for match in found):
+        return None
     numbers = np.array([int(match.group(1)) for match in found])
     tokens = np.zeros(len(text), np.int64)
     for zero in sorted(set(token_ids - numbers[0]), reverse=True):
@@ -100,4 +107,4 @@ def _located(text: str, token_ids: NDArray[np.int64]) -> Decoded:
             for match, place in zip(found, places, strict=True):
                 tokens[match.start() : match.end()] = place
             return Decoded(text, tokens)
-    raise ValueError(f"the locations of {text!r} are no tokens of the model's; export its checkpoint again")
+    return None
