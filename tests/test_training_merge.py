@@ -13,7 +13,7 @@ import runs
 import torch
 from florence2_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from florence2_training import checkpoints
-from florence2_training.adapters import CONFIG, WEIGHTS, add_adapters, load_adapter
+from florence2_training.adapters import CONFIG, WEIGHTS, add_adapters, base_of, load_adapter
 from florence2_training.merge import Merged, merge
 from florence2_training.parts import PRESETS, targets
 from florence2_training.recipe import Lora, Source
@@ -170,9 +170,11 @@ def test_a_run_gives_its_best_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     name = "model.language_model.decoder.layers.0.fc1.weight"
     assert not torch.equal(best[name], last[name])
     damaged = run / "checkpoint-0000003" / WEIGHTS
-    damaged.write_bytes(damaged.read_bytes()[:-1])
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="checkpoint-0000003 is damaged; give another checkpoint of its run"):
         merge(run / "checkpoint-0000003", tmp_path / "none")
+    damaged.write_bytes(content)
     best_weights = run / "checkpoint-0000002" / WEIGHTS
     best_weights.write_bytes(best_weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match="checkpoint-0000002, the best, is missing or damaged; to merge another, give"):
@@ -396,23 +398,28 @@ def test_another_base_is_refused_by_name(native: Path, tmp_path: Path) -> None:
 
 def test_a_base_that_changed_since_the_run_is_refused(tmp_path: Path) -> None:
     train(runs.recipe(tmp_path, method="lora", max_steps=1))
-    config = tmp_path / "run" / "checkpoint-0000001" / CONFIG
-    make.edit_json(config, lambda content: content.update(revision="abc"))
     base = str(tmp_path / "model")
-    given: list[tuple[str, str | None]] = []
-
-    def load(name: str, revision: str | None = None) -> Any:
-        given.append((name, revision))
-        return load_checkpoint(name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("florence2_training.merge.load_checkpoint", load)
-        merge(tmp_path / "run", tmp_path / "merged")
-    assert given[0] == (base, "abc")
+    assert base_of(tmp_path / "run" / "checkpoint-0000001") == (base, None)
     runs.native(tmp_path / "model", seed=1)
     with pytest.raises(ValueError, match="is not what the run was trained from any more; bring that back, or give"):
-        merge(tmp_path / "run", tmp_path / "again")
-    assert merge(tmp_path / "run", tmp_path / "again", base=base).samples == 4
+        merge(tmp_path / "run", tmp_path / "merged")
+    assert merge(tmp_path / "run", tmp_path / "merged", base=base).samples == 4
+
+
+def test_an_adapter_names_the_revision_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = add_adapters(runs.loaded(tmp_path / "model").model, Lora(), "somebody/florence", "abc")
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    assert base_of(tmp_path / "adapter") == ("somebody/florence", "abc")
+    asked: list[tuple[str, str | None]] = []
+
+    def load(name: str, revision: str | None = None) -> Any:
+        asked.append((name, revision))
+        raise CheckpointError("asked")
+
+    monkeypatch.setattr("florence2_training.merge.load_checkpoint", load)
+    with pytest.raises(CheckpointError, match="asked"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert asked == [("somebody/florence", "abc")]
 
 
 def test_settings_of_generation_are_saved_as_they_were_read(native: Path, tmp_path: Path) -> None:
@@ -434,7 +441,7 @@ def test_what_is_no_lora_is_refused(native: Path, tmp_path: Path) -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' changed the base, too"),
         ({"init_lora_weights": "olora"}, "init_lora_weights 'olora' changed the base, too"),
     ):
-        folder = make.copy_of(tmp_path / "adapter", tmp_path / f"changed-{next(iter(change))}")
+        folder = make.copy_of(tmp_path / "adapter", tmp_path / "-".join(map(str, *change.items())))
         make.edit_json(folder / CONFIG, lambda config, change=change: config.update(change))
         with pytest.raises(ValueError, match=message):
             merge(folder, tmp_path / "merged")

@@ -99,7 +99,7 @@ def test_problems_are_named_with_file_and_line(checkpoint: Checkpoint, tmp_path:
     assert "bad.jsonl:4: " in message
     assert "bad.jsonl:5: " in message
     assert "bad.jsonl:6: the answer has more than the 128 tokens that the decoder has positions for; set" in message
-    assert message.endswith("`florence2 data check` lists them all")
+    assert message.endswith("`florence2 data check --json` lists them all")
     rows = [json.dumps(good | {"image": f"gone{index}.png"}) for index in range(7)]
     data.write_text("\n".join(rows) + "\n")
     with pytest.raises(ValueError, match=r"7 samples can't be used: .*; and 2 more\."):
