@@ -232,7 +232,7 @@ def measured(case: Case, work: Path, rounds: int, steps: int) -> Iterator[str]:
     for _ in range(rounds):
         times[0].extend(theirs.seconds(work, steps))
         times[1].extend(ours(checkpoint, data, case.preset, work, steps))
-    their_sample, our_sample = (sum(side) / len(side) / BATCH for side in times)
+    their_sample, our_sample = (median(side) / BATCH for side in times)
     yield case.name
     yield from (f"{value:.2f}" for value in (their_sample, our_sample, their_sample / our_sample))
     whole = (EPOCHS * their_sample) / (EPOCHS * our_sample + features / case.questions)
@@ -254,11 +254,11 @@ def main() -> None:
         rows.add(*measured(case, arguments.work, arguments.rounds, arguments.steps))
     (HERE / "fine_tuning.md").write_text(
         "# Fine-tuning\n\n"
-        "Seconds per sample of an optimizer step, through `florence2 train` and through a transformers Trainer that\n"
-        "does the same correct work: Florence-2-base with random weights, LoRA of rank 16, fp32, batches of\n"
-        f"{BATCH}, answers of 7 to 120 tokens, {arguments.rounds} rounds of {arguments.steps} steps a side in turns,\n"
-        "after a first step each that is not counted; the same loss on both sides for the same batch. The last\n"
-        "column counts the pass that computes the features of a frozen tower, too.\n\n"
+        "Seconds per sample of an optimizer step, the median, through `florence2 train` and through a transformers\n"
+        "Trainer that does the same correct work: Florence-2-base with random weights, LoRA of rank 16, fp32, batches\n"
+        f"of {BATCH}, answers of 7 to 120 tokens; rounds of {arguments.steps} steps a side in turns, {arguments.rounds}\n"
+        "of them, after a first step each that is not counted; the same loss on both sides for the same batch. The\n"
+        "last column counts the pass that computes the features of a frozen tower, too.\n\n"
         f"{rows}\n{environment('peft', 'accelerate')}"
     )
     print(rows)
