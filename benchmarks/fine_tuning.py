@@ -256,8 +256,8 @@ def main() -> None:
         "# Fine-tuning\n\n"
         "Seconds per sample of an optimizer step, the median, through `florence2 train` and through a transformers\n"
         "Trainer that does the same correct work: Florence-2-base with random weights, LoRA of rank 16, fp32, batches\n"
-        f"of {BATCH}, answers of 7 to 120 tokens; {arguments.steps} steps a side in turns, {arguments.rounds} times, after\n"
-        "a first step each that is not counted; the same loss on both sides for the same batch. The last column\n"
+        f"of {BATCH}, answers of 7 to 120 tokens; {arguments.steps} steps a side in turns, {arguments.rounds} times,\n"
+        "after a first step each that is not counted; the same loss on both sides for the same batch. The last column\n"
         "counts the pass that computes the features of a frozen tower, too.\n\n"
         f"{rows}\n{environment('peft', 'accelerate')}"
     )
