@@ -66,8 +66,8 @@ def main() -> None:
             rows.add(f"`{task}`, as before", metric, *(f"{found[task][metric]:.3f}" for found in kept))
     (HERE / "stamps.md").write_text(
         "# A new class for the demo checkpoint\n\n"
-        "[stamps.yaml](../training/recipes/stamps.yaml): LoRA of rank 32 on the text half, 4,000 pages with stamps in\n"
-        f"ms-swift's format, {minutes:.0f} minutes of steps with replay. 300 unseen pages with stamps,\n"
+        "[stamps.yaml](../training/recipes/stamps.yaml): LoRA of rank 32 on text half and projector,\n"
+        f"4,000 pages with stamps in ms-swift's format, {minutes:.0f} minutes of steps with replay. 300 unseen pages,\n"
         "1,455 unseen samples of the old tasks, free-running answers with the checkpoint's own 3 beams.\n\n"
         f"{rows}\n{environment('peft')}"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from florence2_client import Florence2Client
 from florence2_export.export import export
-from florence2_release.install import install
+from florence2_release.repository import install
 from florence2_release.server import TritonServer
 
 from florence2.cli.ask import describe

@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 FILE_NAME = "manifest.json"
 
@@ -64,6 +64,32 @@ class Manifest:
             ) from None
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise ValueError(f"{path} can't be read ({error}); export the checkpoint again") from None
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What the served models have to know of the checkpoint, and nothing that tells two fine-tunes of it apart."""
+
+    sizes: Sizes
+    banned_grounding_phrases: list[str]
+    """As in `Manifest`."""
+    FILE_NAME: ClassVar[str] = "model_settings.json"
+
+    def write(self, folder: Path) -> None:
+        (folder / self.FILE_NAME).write_text(self._text())
+
+    def sha256(self) -> str:
+        """Of the file."""
+        return hashlib.sha256(self._text().encode()).hexdigest()
+
+    @classmethod
+    def read(cls, folder: Path) -> "ModelSettings":
+        """Raises ValueError, naming the file."""
+        content = read_json(folder / cls.FILE_NAME)
+        return cls(Sizes(**content["sizes"]), content["banned_grounding_phrases"])
+
+    def _text(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def sha256_of(path: Path) -> str:

@@ -15,7 +15,7 @@ from conftest import DEMO_CHECKPOINT
 from florence2_client import Florence2Client
 from florence2_export.checkpoint import load_checkpoint
 from florence2_export.parity import reference_features, reference_generate
-from florence2_release.install import install
+from florence2_release.repository import install
 from florence2_release.server import TritonServer
 from google.protobuf import text_format
 from tritonclient import grpc

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
-from florence2_release.install import install
 from florence2_release.installation import ServerError, find_tritonserver
+from florence2_release.repository import install
 from florence2_release.server import TritonServer
 
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "training" / "README.md").read_text()
+RELEASE = (ROOT / "release" / "README.md").read_text()
 
 
 def blocks(language: str, containing: str, page: str = README) -> str:
@@ -156,13 +157,59 @@ def test_the_worked_example(tmp_path: Path) -> None:
     assert (tmp_path / "var" / "stamps-checkpoint" / "model.safetensors").is_file()
 
 
+@pytest.mark.server
+def test_releasing(tmp_path: Path) -> None:
+    """The release page: a run that was cut to two steps, and so goes live by force."""
+    try:
+        find_tritonserver()
+    except ServerError as error:
+        pytest.skip(str(error))
+    data = [sys.executable, "-m", "florence2_training.demo", "stamps", str(tmp_path / "var" / "stamps")]
+    assert subprocess.run([*data, "--scale", "0.01"], capture_output=True).returncode == 0
+    for folder in ("training", "demo", "release"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    # Its data are those of the page, not of the repository that the gate's file lies in.
+    gate = blocks("yaml", "release/gate.yaml", RELEASE)
+    assert [line.partition("#")[0].strip() for line in gate.splitlines()[1:]] == [
+        line for line in (ROOT / "release" / "gate.yaml").read_text().splitlines() if not line.startswith("#")
+    ]
+    (tmp_path / "gate.yaml").write_text(gate.replace("../var", "var").replace("watch_seconds: 60", "watch_seconds: 0"))
+    first, serve = blocks("bash", "florence2 serve", RELEASE).splitlines()
+    assert shell(first, tmp_path).returncode == 0
+    assert serve == "florence2 serve --repository var/models --grpc-port 8001"
+    with TritonServer(tmp_path / "var" / "models") as running:
+        running.wait_ready()
+        code = blocks("bash", "florence2 rollback", RELEASE)
+        assert [line for line in blocks("bash", "florence2 rollback").splitlines() if line not in code] == []
+        code = with_ports(code, running)
+        code = code.replace("stamps.yaml\n", "stamps.yaml max_steps=2 per_device_train_batch_size=4\n")
+        code = code.replace("--gate release/gate.yaml", "--gate gate.yaml --force")
+        done = shell(code + with_ports(blocks("bash", "florence2 releases", RELEASE), running), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "release 2 of florence2 is live" in done.stdout
+    assert "   1  florence2  live, loaded" in done.stdout
+
+
+def test_the_release_page_knows_every_setting_of_a_gate() -> None:
+    from dataclasses import fields
+
+    from florence2_release.gate import Gate
+
+    gate = Gate()
+    rows = []
+    for one in fields(gate):
+        value = getattr(gate, one.name)
+        rows.append((one.name, "" if value is None else str(value), one.metadata["help"]))
+    assert re.findall(r"^\| `(\w+)` \| (.*?) ?\| (.*) \|$", RELEASE, re.MULTILINE) == rows
+
+
 def test_the_training_page_knows_every_format() -> None:
     from florence2_training.data.formats import FORMATS
 
     assert re.findall(r"^\| `(\w+)` \| ", TRAINING, re.MULTILINE) == list(FORMATS)
 
 
-@pytest.mark.parametrize("page", ["README.md", "training/README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "training/README.md", "release/README.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(page: str) -> None:
     path = ROOT / page
     targets = [link for link in re.findall(r"\]\(([^)]+)\)", path.read_text()) if not link.startswith("http")]

@@ -3,14 +3,16 @@
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from florence2_release.install import ENSEMBLE, FILES, install
+from florence2_release.repository import ENSEMBLE, FILES, Repository, install
+from florence2_release.rollout import roll_back
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from florence2.manifest import Manifest, Sizes, sha256_of
+from florence2.manifest import Manifest, ModelSettings, Sizes, sha256_of
 
 SIZES = Sizes(
     image_height=64,
@@ -30,7 +32,7 @@ SIZES = Sizes(
 def export(tmp_path: Path) -> Path:
     folder = tmp_path / "export"
     folder.mkdir()
-    names = sorted({name for files in FILES.values() for name in files} - {"manifest.json"})
+    names = sorted({name for files in FILES.values() for name in files} - {ModelSettings.FILE_NAME})
     for name in names:
         (folder / name).write_text(name)
     Manifest(
@@ -53,36 +55,153 @@ def config(repository: Path, model: str) -> ModelConfig:
     return text_format.Parse((repository / model / "config.pbtxt").read_text(), ModelConfig())
 
 
+def changed(export: Path, folder: Path, *names: str) -> Path:
+    """The export with other bytes in some files, as a fine-tune has them."""
+    other = shutil.copytree(export, folder)
+    for name in names:
+        (other / name).write_text(f"{folder.name} {name}")
+    manifest = Manifest.read(other)
+    files = {name: sha256_of(other / name) for name in manifest.files}
+    replace(manifest, files=files, source=folder.name).write(other)
+    return other
+
+
+def versions(repository: Path) -> dict[str, list[int]]:
+    """What Triton is told to load."""
+    return {model: list(config(repository, model).version_policy.specific.versions) for model in FILES}
+
+
 def test_first_release(export: Path, tmp_path: Path) -> None:
     repository = tmp_path / "new" / "repository"
-    assert install(export, repository) == 1
+    release = install(export, repository)
+    assert (release.number, release.models) == (1, dict.fromkeys(FILES, 1))
     for model, names in FILES.items():
         assert {path.name for path in (repository / model / "1").iterdir()} == {"model.py", *names}
         assert config(repository, model).name == model
-    assert list((repository / ENSEMBLE / "1").iterdir()) == []
+    assert [path.name for path in (repository / ENSEMBLE / "1").iterdir()] == ["release.txt"]
+    assert (repository / "release-1.json").is_file()
     assert (repository / "beam_search" / "1" / "decoder.onnx").read_text() == "decoder.onnx"
+    assert ModelSettings.read(repository / "postprocess" / "1") == ModelSettings(SIZES, [])
+    assert Repository(repository).releases() == [release]
+    assert Repository(repository).state(release) == "live"
 
 
 def test_the_next_release_takes_the_next_number_and_leaves_the_others(export: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     install(export, repository)
-    before = {path: path.read_bytes() for path in repository.rglob("1/*") if path.is_file()}
-    assert install(export, repository) == 2
-    assert {path: path.read_bytes() for path in repository.rglob("1/*") if path.is_file()} == before
+    before = {path: path.read_bytes() for path in repository.glob("*/1/*")}
+    everything = [name for names in FILES.values() for name in names if name != ModelSettings.FILE_NAME]
+    assert install(changed(export, tmp_path / "other", *everything), repository).number == 2
+    assert {path: path.read_bytes() for path in repository.glob("*/1/*")} == before
     ensemble = config(repository, ENSEMBLE)
     assert list(ensemble.version_policy.specific.versions) == [2]
     assert [(step.model_name, step.model_version) for step in ensemble.ensemble_scheduling.step] == [
         (model, 2) for model in FILES
     ]
+    assert versions(repository) == {model: [2] for model in FILES}
+
+
+def test_models_of_the_same_bytes_are_shared(export: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    install(export, repository)
+    tuned = changed(export, tmp_path / "tuned", "encoder.onnx.data", "decoder.onnx.data")
+    release = install(tuned, repository)
+    assert release.models == {**dict.fromkeys(FILES, 1), "beam_search": 2}
+    assert not (repository / "vision_encoder" / "2").exists()
+    assert versions(repository) == {**{model: [1] for model in FILES}, "beam_search": [2]}
+    # Not with a file that is no longer what it was.
+    (repository / "vision_encoder" / "1" / "vision_encoder.onnx").unlink()
+    (repository / "vision_encoder" / "1" / "vision_encoder.onnx").write_text("torn")
+    again = install(changed(export, tmp_path / "again", "decoder.onnx"), repository)
+    assert again.models == {"preprocess": 1, "vision_encoder": 3, "beam_search": 3, "postprocess": 1}
+
+
+def test_fine_tunes_have_names_of_their_own(export: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    install(export, repository)
+    invoices = install(changed(export, tmp_path / "invoices", "decoder.onnx.data"), repository, "florence2_invoices")
+    assert invoices.models == {**dict.fromkeys(FILES, 1), "beam_search": 2}
+    assert Repository(repository).names() == ["florence2", "florence2_invoices"]
+    assert config(repository, "florence2_invoices").name == "florence2_invoices"
+    assert versions(repository) == {**{model: [1] for model in FILES}, "beam_search": [1, 2]}
+    for name in ("vision_encoder", "a/b", "invoices_next", "", ".hidden"):
+        with pytest.raises(ValueError, match="can't be a model's name here"):
+            install(export, repository, name)
+
+
+def test_what_was_set_in_a_config_stays(export: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    install(export, repository)
+    own = config(repository, "beam_search")
+    own.parameters["rows"].string_value = "96"
+    own.instance_group[0].count = 2
+    (repository / "beam_search" / "config.pbtxt").write_text(text_format.MessageToString(own))
+    install(changed(export, tmp_path / "other", "decoder.onnx.data"), repository)
+    found = config(repository, "beam_search")
+    assert (found.parameters["rows"].string_value, found.instance_group[0].count) == ("96", 2)
+    assert found.parameters["cache_length"].string_value == "1024"
 
 
 def test_a_number_is_never_used_again(export: Path, tmp_path: Path) -> None:
     repository = tmp_path / "repository"
-    install(export, repository)
-    install(export, repository)
-    for model in FILES:
-        shutil.rmtree(repository / model / "2")
-    assert install(export, repository) == 3
+    for number in (1, 2, 3):
+        assert install(changed(export, tmp_path / str(number), "decoder.onnx"), repository).number == number
+    kept = Repository(repository)
+    with pytest.raises(ValueError, match="releases to keep are counted from 0 on, not -1"):
+        kept.prune(-1)
+    assert [release.number for release in kept.prune(0)] == [1, 2]
+    assert sorted(path.name for path in (repository / "beam_search").iterdir()) == ["3", "config.pbtxt"]
+    assert [kept.state(release) for release in kept.releases()] == ["replaced", "replaced", "live"]
+    assert [kept.is_there(release) for release in kept.releases()] == [False, False, True]
+    assert install(changed(export, tmp_path / "4", "decoder.onnx"), repository).number == 4
+
+
+def test_a_release_that_is_looked_at_is_not_loaded_at_a_start(export: Path, tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "repository")
+    install(export, repository.folder)
+    release = repository.add(changed(export, tmp_path / "other", "decoder.onnx"), ENSEMBLE)
+    assert versions(repository.folder)["beam_search"] == [1]
+    repository.offer(release)
+    assert versions(repository.folder)["beam_search"] == [1, 2]
+    assert repository.state(release) == "looked at"
+    # The command that looks at it goes on.
+    with repository.locked():
+        repository.tidy()
+    assert repository.ensembles() == ["florence2", "florence2_next"]
+    # As a kill leaves it.
+    (repository.folder / "florence2_next" / "config.pbtxt").unlink()
+    (repository.folder / "beam_search" / ".new-x").mkdir()
+    (repository.folder / "beam_search" / ".config.pbtxt.part").touch()
+    repository.tidy()
+    assert not list(repository.folder.glob("*/.*"))
+    assert repository.ensembles() == ["florence2"]
+    assert versions(repository.folder)["beam_search"] == [1]
+
+
+def test_the_release_before_stays_loaded(export: Path, tmp_path: Path) -> None:
+    repository = Repository(tmp_path / "repository")
+    found = [install(export, repository.folder)]
+    for number in (2, 3):
+        found.append(repository.add(changed(export, tmp_path / str(number), "decoder.onnx"), ENSEMBLE))
+        repository.make_live(found[-1], number - 1)
+        repository.settle()
+    assert versions(repository.folder)["beam_search"] == [2, 3]
+    assert [repository.state(release) for release in found] == ["replaced", "standby", "live"]
+    assert repository.prune(0) == [found[0]]
+    back = roll_back(repository, None, ENSEMBLE)
+    assert (back.number, repository.live(ENSEMBLE), repository.pins(ENSEMBLE)["beam_search"]) == (2, 2, 2)
+    assert versions(repository.folder)["beam_search"] == [2]
+    assert [repository.state(release) for release in repository.releases()] == [
+        *("replaced", "live", "rolled back: asked for")
+    ]
+    with pytest.raises(ValueError, match="has none before it that is kept; name one with --to"):
+        roll_back(repository, None, ENSEMBLE)
+    with pytest.raises(ValueError, match=r"release 1 is not whole any more: .*beam_search/1/model\.py is missing"):
+        roll_back(repository, None, ENSEMBLE, 1)
+    assert roll_back(repository, None, ENSEMBLE, 3).number == 3
+    assert roll_back(repository, None, ENSEMBLE, 3).outcome == "live"
+    with pytest.raises(ValueError, match="has no record of a release 9; `florence2 releases` lists them"):
+        roll_back(repository, None, ENSEMBLE, 9)
 
 
 def test_weights_that_are_exported_again_do_not_change_a_release(export: Path, tmp_path: Path) -> None:
@@ -116,34 +235,48 @@ def test_an_interrupted_release_changes_nothing_and_the_next_goes_through(
     install(export, repository)
     configs = {path: path.read_bytes() for path in repository.glob("*/config.pbtxt")}
     taken: list[Path] = []
+    other = changed(export, tmp_path / "other", "vision_encoder.onnx.data", "decoder.onnx")
 
     def full_disk(source: Path, target: Path) -> None:
         taken.append(target)
-        if len(taken) == 6:
+        if len(taken) == 2:
             raise OSError(28, "No space left on device")
         shutil.copy(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("florence2_release.install._take", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            install(export, repository)
+        patched.setattr("florence2_release.repository._take", full_disk)
+        with pytest.raises(OSError, match=r"release 2 could not be written \(.*No space left.*\); make room and"):
+            install(other, repository)
     assert {path: path.read_bytes() for path in repository.glob("*/config.pbtxt")} == configs
+    # Nothing takes the room that is wanted.
     assert not list(repository.glob("*/.new-*"))
-    assert install(export, repository) == 3
-    assert list(config(repository, "beam_search").version_policy.specific.versions) == [3]
+    assert not list(repository.glob("*/2"))
+    assert install(other, repository).models["vision_encoder"] == 2
+
+
+def test_what_a_kill_left_is_removed_and_what_is_older_than_records_is_not(export: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    for number in (1, 2):
+        install(changed(export, tmp_path / str(number), "decoder.onnx"), repository)
+    (repository / "release-1.json").unlink()
+    shutil.copytree(repository / "beam_search" / "2", repository / "beam_search" / "3")
+    install(changed(export, tmp_path / "3", "vision_encoder.onnx.data"), repository)
+    assert sorted(path.name for path in (repository / "beam_search").iterdir()) == ["1", "2", "3", "config.pbtxt"]
+    assert (repository / "beam_search" / "3" / "decoder.onnx").read_text() == "decoder.onnx"
 
 
 def test_releases_at_the_same_time_take_turns(export: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        numbers = list(pool.map(lambda _: install(export, tmp_path / "repository"), range(8)))
-    assert sorted(numbers) == list(range(1, 9))
+        found = list(pool.map(lambda _: install(export, tmp_path / "repository"), range(8)))
+    assert sorted(release.number for release in found) == list(range(1, 9))
 
 
 def test_refusals(export: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"manifest\.json is missing.*florence2 export"):
         install(tmp_path, tmp_path / "repository")
     strange = tmp_path / "strange"
-    (strange / "resnet").mkdir(parents=True)
+    (strange / "resnet" / "1").mkdir(parents=True)
+    (strange / "resnet" / "1" / "model.onnx").touch()
     with pytest.raises(ValueError, match=r"not a model repository of florence2.*resnet"):
         install(export, strange)
     with pytest.raises(ValueError, match="not a folder"):

@@ -43,6 +43,8 @@ class Source:
 
     def path(self, name: str) -> Path:
         if not self.has(name):
+            if self.has("run.json") or self.has("adapter_config.json"):
+                raise CheckpointError(f"{self.folder} is no checkpoint yet; make one of it with `florence2 merge`")
             raise CheckpointError(f"{self.folder / name} is missing; copy it from the checkpoint's base model")
         return self.folder / name
 

@@ -7,12 +7,18 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("export", "release", "serve", "ask", "train", "merge", "eval", "data")
+COMMANDS = ("export", "release", "rollback", "releases", "serve", "ask", "train", "merge", "eval", "data")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 only when all was done; errors go to stderr as one line that says what to do."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if all("=" in one and not one.startswith("-") for one in rest) and hasattr(args, "settings"):
+        # argparse takes positional arguments in one place only.
+        args.settings += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         return args.run(args)

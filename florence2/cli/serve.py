@@ -50,7 +50,9 @@ def _megabytes(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from florence2_release.repository import Repository
     from florence2_release.server import ServerError, TritonServer
+    from florence2_release.stubs import StubWatch
 
     server = TritonServer(
         args.repository,
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         model_config_name=args.profile,
         cache_size=args.response_cache and args.response_cache * 2**20,
     )
+    watch = StubWatch(server, _say)
+    Repository(server.repository).tidy()
     _stop_on_signals()
     try:
         server.start()
@@ -69,11 +73,13 @@ def run(args: argparse.Namespace) -> int:
         _warn_of_open_wheel(server)
         server.wait_ready(progress=_say)
         _say(_endpoints(server))
+        watch.start()
         code = server.wait()
         raise ServerError(f"the server stopped by itself with code {code}; its log ends:\n{server.log_tail()}")
     except KeyboardInterrupt:
         _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
         try:
+            watch.stop()
             if args.response_cache:
                 _say(_hits(server))
             server.stop()
@@ -82,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         _say("stopped")
         return 0
     finally:
+        watch.stop()
         server.stop()
 
 

@@ -42,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     progress = train(recipe)
     best = "" if progress.best is None else f", best {recipe.metric_for_best_model} {progress.best:.4f} at step "
     _say(f"{recipe.output_dir}: step {progress.step}{best}{progress.best_step if best else ''}")
+    _say(f"a checkpoint of it: florence2 merge {recipe.output_dir} --output FOLDER")
     return 0
 
 

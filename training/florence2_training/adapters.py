@@ -40,6 +40,10 @@ def add_adapters(model: Any, lora: Lora, base: str, revision: str | None = None)
     )
     # peft takes the base's name from here.
     model.name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    return _adapted(model, config, revision)
+
+
+def _adapted(model: Any, config: LoraConfig, revision: str | None = None) -> Any:
     with warnings.catch_warnings():
         # peft asks transformers in a way that will end with its version 6.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
@@ -73,7 +77,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     }
     kept = {key: value for key, value in config.items() if key in _KEPT and value is not None}
     try:
-        adapted = get_peft_model(model, LoraConfig(**kept | settings))
+        adapted = _adapted(model, LoraConfig(**kept | settings))
         result: Any = set_peft_model_state_dict(adapted, tensors)
     except (ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{folder}: {one_line(error)}") from error

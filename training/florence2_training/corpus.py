@@ -157,7 +157,7 @@ def _split_of(source: Source) -> Split:
     if source.split is None and len(splits) == 1:
         return splits[0]
     if source.split not in names:
-        raise ValueError(f"{source.data} has the splits {', '.join(names)}; say which with split, not {source.split!r}")
+        raise ValueError(f"{source.data} has the splits {', '.join(names)}; say which with split: {names[0]}")
     return splits[names.index(source.split)]
 
 

@@ -86,6 +86,7 @@ def fit(
     progress = _resume(accelerator, learnable, optimizer, scheduler, run)
     parameters = [parameter for group in groups for parameter in group["params"]]
     reporter = Reporter(run, run.name, schedule.steps, progress.step, accelerator.is_main_process, schedule.tensorboard)
+    reporter.say(f"{run}: step {progress.step} of {schedule.steps}, on {accelerator.device}")
     try:
         learnable.set_modes()
         losses: list[float] = []

@@ -107,7 +107,7 @@ class Recipe:
         """Raises ValueError for what can't be meant."""
         for name in ("model", "output_dir", "train"):
             if not getattr(self, name):
-                raise ValueError(f"the recipe has no {name}: {_help(self, name)}")
+                raise ValueError(f"the recipe has no {name}; set it: {_help(self, name)}")
         for name in ("train", "validation", "replay"):
             if any(not source.data for source in getattr(self, name)):
                 raise ValueError(f"a source of {name} has no data: {_help(Source(), 'data')}")

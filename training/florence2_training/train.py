@@ -4,6 +4,7 @@ import fcntl
 import json
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -137,6 +138,8 @@ class Training:
         # Another run may be filling the same folder: all processes go by what one of them saw.
         (missing,) = broadcast_object_list([cache.missing(pictures)])
         cache.check_room(len(missing))
+        if missing and accelerator.is_main_process:
+            tqdm.write(f"the features of {len(missing)} pictures are computed, once", file=sys.stderr)
         own = missing[accelerator.process_index :: accelerator.num_processes]
         size = recipe.per_device_train_batch_size
         groups = PictureGroups(

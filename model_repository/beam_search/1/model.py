@@ -11,7 +11,7 @@ from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.settings import GenerationSettings
-from florence2.manifest import Manifest, read_json
+from florence2.manifest import ModelSettings, read_json
 from florence2.triton import Metrics, Responder, at_least_one, deadline, inputs, parameters, version_folder
 
 OVERRIDES = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "length_penalty", "early_stopping")
@@ -20,7 +20,7 @@ OVERRIDES = ("num_beams", "max_new_tokens", "no_repeat_ngram_size", "length_pena
 class TritonPythonModel:
     def initialize(self, args):
         folder, given = version_folder(args), parameters(args)
-        self.sizes = Manifest.read(folder).sizes
+        self.sizes = ModelSettings.read(folder).sizes
         positions = self.sizes.max_position_embeddings
         self.settings = GenerationSettings.from_config(read_json(folder / "generation_config.json"), positions)
         self.timeout = float(given["timeout_seconds"])

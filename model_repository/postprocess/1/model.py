@@ -6,7 +6,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from florence2.answers import AnswerParser, Detokenizer
-from florence2.manifest import Manifest
+from florence2.manifest import ModelSettings
 from florence2.prompts import parse
 from florence2.triton import respond, version_folder
 
@@ -14,10 +14,10 @@ from florence2.triton import respond, version_folder
 class TritonPythonModel:
     def initialize(self, args):
         folder = version_folder(args)
-        manifest = Manifest.read(folder)
-        self.bins = manifest.sizes.location_bins
+        settings = ModelSettings.read(folder)
+        self.bins = settings.sizes.location_bins
         self.detokenize = Detokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
-        self.parser = AnswerParser(manifest.banned_grounding_phrases, self.bins)
+        self.parser = AnswerParser(settings.banned_grounding_phrases, self.bins)
 
     def execute(self, requests):
         return [respond(self.answer, request) for request in requests]

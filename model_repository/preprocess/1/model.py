@@ -5,7 +5,7 @@ from tokenizers import Tokenizer
 
 from florence2.errors import InvalidRequest
 from florence2.images import Limits, Resizer, decode
-from florence2.manifest import Manifest, read_json
+from florence2.manifest import ModelSettings, read_json
 from florence2.prompts import PromptEncoder
 from florence2.triton import Worker, parameters, version_folder
 
@@ -17,7 +17,7 @@ class TritonPythonModel:
         self.limits = Limits(float(given["max_megapixels"]), float(given["max_megabytes"]))
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.prompts = PromptEncoder(tokenizer, Manifest.read(folder).sizes)
+        self.prompts = PromptEncoder(tokenizer, ModelSettings.read(folder).sizes)
         self.worker = Worker(self.answer, given)
 
     def execute(self, requests):

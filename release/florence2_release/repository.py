@@ -1,0 +1,469 @@
+"""A Triton model repository on disk: releases, the versions of models that each is made of, and what Triton is to load.
+
+Every change is whole or not there: a kill at any moment leaves a repository that serves a whole release.
+
+    REPO/preprocess, vision_encoder, beam_search, postprocess   versions named after the release that brought them
+    REPO/florence2                                              what clients call: config.pbtxt pins a version of each
+    REPO/florence2_next                                         a release that is not live yet, while it is looked at
+    REPO/release-7.json                                         what release 7 is made of, and what became of it
+
+Records lie beside the models, not in them: Triton takes every folder for a model, and what changes in one for a reason
+to load it again.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from florence2.manifest import FILE_NAME, Manifest, ModelSettings, sha256_of
+
+logger = logging.getLogger(__name__)
+ENSEMBLE = "florence2"
+NEXT = "_next"
+"""Behind the name of an ensemble: the release of it that is looked at."""
+_RECORD = re.compile(r"release-(\d+)\.json")
+_CONFIG = "config.pbtxt"
+
+# What each model's version folder holds beside its model.py.
+FILES: dict[str, tuple[str, ...]] = {
+    "preprocess": ("tokenizer.json", "preprocessor_config.json", ModelSettings.FILE_NAME),
+    "vision_encoder": ("vision_encoder.onnx", "vision_encoder.onnx.data"),
+    "beam_search": (
+        *("encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data"),
+        *("generation_config.json", ModelSettings.FILE_NAME),
+    ),
+    "postprocess": ("tokenizer.json", ModelSettings.FILE_NAME),
+}
+
+
+@dataclass
+class Release:
+    """One release of one ensemble. Its number is the ensemble's version, which every response names."""
+
+    number: int
+    name: str
+    """The ensemble's."""
+    models: dict[str, int]
+    """The version of each model."""
+    files: dict[str, dict[str, str]]
+    """By model: sha256 of the files of its version."""
+    manifest: dict[str, Any]
+    """The export's: checkpoint, precision, versions of what made it, parity."""
+    training: dict[str, Any] | None = None
+    """The run.json that the checkpoint comes from: hashes of base and data."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """By name of task and metric, as served before the release went live."""
+    scored_on: str | None = None
+    """sha256 of the validation data."""
+    standby: int | None = None
+    """While it is live: the release that stays loaded, to go back to."""
+    before: tuple[int, int, float] | None = None
+    """What the release before had answered and failed to, and the seconds of it, while this one was looked at."""
+    outcome: str | None = None
+    """What became of it: live, or why not, or why not any more. None while it is on its way."""
+    forced: bool = False
+    """Whether it went live although its gate refused it."""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """What was done: step, seconds, time of day."""
+
+
+class Repository:
+    """The folder; every path of it is made here."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @contextlib.contextmanager
+    def locked(self, wait: bool = True) -> Iterator[None]:
+        """One command at a time; a second waits, or else gets BlockingIOError. Raises ValueError where the folder is
+        something else."""
+        lock = self.folder / ".lock"
+        if not lock.exists():
+            # Nothing is written into somebody else's folder.
+            self.check()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise
+                logger.warning("waiting for another command on %s", self.folder)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            self.check()
+            yield
+
+    def check(self) -> None:
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder; give another --repository")
+        folders = {entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+        strangers = sorted(folders - {*FILES, *self.ensembles(), "lost+found"})
+        if strangers:
+            raise ValueError(
+                f"{self.folder} is not a model repository of florence2 (it holds {', '.join(strangers[:3])}); "
+                "give another --repository"
+            )
+
+    # --- what is there ---
+
+    def ensembles(self) -> list[str]:
+        """Names that clients call, and those of releases that are looked at."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return sorted(path.name for path in found if path.name not in FILES and _is_ours(path))
+
+    def names(self) -> list[str]:
+        """Names that clients call."""
+        return [name for name in self.ensembles() if not name.endswith(NEXT)]
+
+    def live(self, name: str) -> int | None:
+        """The release that the ensemble's config.pbtxt names: what Triton loads at its next start, if not before."""
+        config = self.config(name)
+        return config.version_policy.specific.versions[0] if config else None
+
+    def pins(self, name: str) -> dict[str, int]:
+        """The version of each model that the ensemble is made of."""
+        config = self.config(name)
+        return {step.model_name: step.model_version for step in config.ensemble_scheduling.step} if config else {}
+
+    def config(self, model: str) -> ModelConfig | None:
+        path = self.folder / model / _CONFIG
+        return _parsed(path) if path.is_file() else None
+
+    def releases(self) -> list[Release]:
+        """All that have a record, oldest first."""
+        records = [path for path in self.folder.glob("release-*.json") if _RECORD.fullmatch(path.name)]
+        return sorted((_read(path) for path in records), key=lambda release: release.number)
+
+    def release(self, number: int) -> Release:
+        """Raises ValueError for a number that is none."""
+        path = self.file_of(number, "json")
+        if not path.is_file():
+            raise ValueError(f"{self.folder} has no record of a release {number}; `florence2 releases` lists them")
+        return _read(path)
+
+    def file_of(self, number: int, kind: str) -> Path:
+        """The release's record, "json", or a report about it, "scores.html"."""
+        return self.folder / f"release-{number}.{kind}"
+
+    def is_there(self, release: Release) -> bool:
+        """Whether its models have not been removed."""
+        return all((self.folder / model / str(version)).is_dir() for model, version in release.models.items())
+
+    def damage(self, release: Release) -> str | None:
+        """The first file that is not what it was, or missing."""
+        for model, files in release.files.items():
+            for name, sha256 in files.items():
+                path = self.folder / model / str(release.models[model]) / name
+                if not path.is_file() or sha256_of(path) != sha256:
+                    return str(path)
+        return None
+
+    def wanted(self) -> dict[str, list[int]]:
+        """The versions of each model that Triton is to have loaded: of every ensemble, and of the releases to go back
+        to."""
+        found: dict[str, set[int]] = {model: set() for model in FILES}
+        for name in self.ensembles():
+            for model, version in self.pins(name).items():
+                found[model].add(version)
+        records = {release.number: release for release in self.releases()}
+        for release in records.values():
+            if release.standby in records and self.live(release.name) == release.number:
+                for model, version in records[release.standby].models.items():
+                    found[model].add(version)
+        return {model: sorted(versions) for model, versions in found.items()}
+
+    # --- what changes it ---
+
+    def add(self, export: Path, name: str, training: dict[str, Any] | None = None) -> Release:
+        """A new release, its models beside the others: those with the same bytes are shared. Nothing that is served
+        changes. Raises ValueError for an export that is not whole."""
+        manifest = _checked(export)
+        number = self._next_number()
+        settings = ModelSettings(manifest.sizes, manifest.banned_grounding_phrases)
+        files = {model: _hashes(model, names, manifest, settings) for model, names in FILES.items()}
+        models = {model: self._shared(model, files[model]) or number for model in FILES}
+        release = Release(number, name, models, files, json.loads((export / FILE_NAME).read_text()), training)
+        try:
+            for model in [model for model, version in models.items() if version == number]:
+                with _new_folder(self.folder / model / str(number)) as folder:
+                    _copy(_shipped() / model / "1" / "model.py", folder / "model.py")
+                    for file in FILES[model]:
+                        if file == ModelSettings.FILE_NAME:
+                            settings.write(folder)
+                        else:
+                            _take(export / file, folder / file)
+            self.write(release)
+        except OSError as error:
+            self.sweep()
+            raise OSError(f"release {number} could not be written ({error}); make room and start again") from error
+        return release
+
+    def sweep(self) -> None:
+        """Removes what a kill or a full disk left of a release that never came to be."""
+        for left_behind in (*self.folder.glob("*/.new-*"), *self.folder.glob("*/.*.part")):
+            shutil.rmtree(left_behind) if left_behind.is_dir() else left_behind.unlink()
+        for name in self.ensembles():
+            if self.config(name) is None:
+                # Triton would not start with it.
+                shutil.rmtree(self.folder / name)
+        numbers = {release.number for release in self.releases()}
+        pinned = {version for name in self.ensembles() for version in self.pins(name).values()}
+        for folder in [path for path in self.folder.glob("*/*") if path.name.isdigit()]:
+            # Releases from before there were records are left alone.
+            if int(folder.name) > max(numbers | pinned, default=0):
+                shutil.rmtree(folder)
+
+    def write(self, release: Release) -> None:
+        write_whole(self.file_of(release.number, "json"), json.dumps(asdict(release), indent=2) + "\n")
+
+    def offer(self, release: Release) -> None:
+        """Makes it callable under its name with `_next`."""
+        self.settle(release.models)
+        self._write_ensemble(release.name + NEXT, release)
+
+    def withdraw(self, name: str) -> None:
+        """No release of that name is looked at any more."""
+        folder = self.folder / (name + NEXT)
+        # First what Triton goes by: a kill must not leave a model without its version.
+        (folder / _CONFIG).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Before a server starts: it loads what clients get, not what was looked at when the last one ended."""
+        if self.ensembles():
+            with contextlib.suppress(BlockingIOError), self.locked(wait=False):
+                for name in self.ensembles():
+                    if name.endswith(NEXT):
+                        self.withdraw(name.removesuffix(NEXT))
+                self.sweep()
+                self.settle()
+
+    def make_live(self, release: Release, standby: int | None) -> None:
+        """From the next load of its ensemble on, or the next start, it is what clients get."""
+        # Its models are in their configs before an ensemble needs them.
+        self.settle(release.models)
+        release.standby = standby
+        self.write(release)
+        self._write_ensemble(release.name, release)
+        release.outcome = "live"
+        self.write(release)
+
+    def settle(self, *also: Mapping[str, Collection[int] | int]) -> None:
+        """Writes the versions that are wanted into the models' configs, and `also` others."""
+        for model, versions in self.wanted().items():
+            added = {version for one in also for version in _versions(one.get(model, ()))}
+            if versions or added:
+                self._write_model(model, sorted({*versions, *added}))
+
+    def remove_models(self, release: Release) -> None:
+        """Its models that no other release has. Its record stays: its number is never used again."""
+        used = {
+            (model, version)
+            for other in self.releases()
+            if other.number != release.number and self.is_there(other)
+            for model, version in other.models.items()
+        }
+        wanted = self.wanted()
+        for model, version in release.models.items():
+            if (model, version) not in used and version not in wanted[model]:
+                shutil.rmtree(self.folder / model / str(version), ignore_errors=True)
+
+    def prune(self, keep: int) -> list[Release]:
+        """Removes the models of all but the last `keep` releases of each name that have any, of none that is live,
+        looked at or gone back to; returns those that lost something. Records stay. Raises ValueError."""
+        if keep < 0:
+            raise ValueError(f"releases to keep are counted from 0 on, not {keep}")
+        removed = []
+        for name in self.names():
+            own = [release for release in self.releases() if release.name == name and self.is_there(release)]
+            for release in own[: max(len(own) - keep, 0)]:
+                if self.state(release) not in ("live", "standby", "looked at"):
+                    self.remove_models(release)
+                    removed.append(release)
+        return removed
+
+    def state(self, release: Release) -> str:
+        """In words."""
+        if self.live(release.name) == release.number:
+            return "live"
+        if self.live(release.name + NEXT) == release.number:
+            return "looked at"
+        live = self.live(release.name)
+        if any(one.number == live and one.standby == release.number for one in self.releases()):
+            return "standby"
+        return "replaced" if release.outcome == "live" else release.outcome or "not finished"
+
+    # --- how ---
+
+    def _next_number(self) -> int:
+        numbers = [int(folder.name) for folder in self.folder.glob("*/*") if folder.name.isdigit()]
+        return max([*numbers, *(release.number for release in self.releases())], default=0) + 1
+
+    def _shared(self, model: str, files: dict[str, str]) -> int | None:
+        """A version that has these bytes."""
+        for release in reversed(self.releases()):
+            folder = self.folder / model / str(release.models[model])
+            if release.files[model] == files and all(
+                (folder / name).is_file() and sha256_of(folder / name) == sha256 for name, sha256 in files.items()
+            ):
+                return release.models[model]
+        return None
+
+    def _write_ensemble(self, name: str, release: Release) -> None:
+        config = _shipped_config(ENSEMBLE)
+        config.name = name
+        config.version_policy.specific.versions[:] = [release.number]
+        for step in config.ensemble_scheduling.step:
+            step.model_version = release.models[step.model_name]
+        version = self.folder / name / str(release.number)
+        version.mkdir(parents=True, exist_ok=True)
+        # Object storage has no empty folders.
+        (version / "release.txt").write_text(f"release-{release.number}.json\n")
+        _write_config(self.folder / name, config)
+
+    def _write_model(self, model: str, versions: list[int]) -> None:
+        """Keeps what was set in the config that is there: parameters, and instances."""
+        config, before = _shipped_config(model), self.config(model)
+        if before:
+            for key, parameter in before.parameters.items():
+                if key in config.parameters:
+                    config.parameters[key].CopyFrom(parameter)
+            del config.instance_group[:]
+            config.instance_group.extend(before.instance_group)
+        config.version_policy.specific.versions[:] = versions
+        if config != before:
+            _write_config(self.folder / model, config)
+
+
+def install(export: Path, folder: Path, name: str = ENSEMBLE, training: dict[str, Any] | None = None) -> Release:
+    """Adds the export as the next release and makes it what is served at the next start. The releases before it stay as
+    they are. Raises ValueError if `export` is not a whole export or `folder` is something else than a model repository
+    of ours."""
+    check_name(name)
+    _checked(export)
+    repository = Repository(folder)
+    with repository.locked():
+        repository.sweep()
+        release = repository.add(export, name, training)
+        repository.make_live(release, standby=None)
+        repository.settle()
+    return release
+
+
+def write_whole(path: Path, text: str) -> None:
+    """In place of what is there, or not at all."""
+    scratch = path.with_name(f".{path.name}.part")
+    scratch.write_text(text)
+    scratch.replace(path)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for one that no ensemble can have."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name) or name in FILES or name.endswith(NEXT) or name.startswith("."):
+        raise ValueError(
+            f"{name!r} can't be a model's name here: letters, digits, _ . and -, not {', '.join(FILES)}, and not "
+            f"ending in {NEXT}"
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it is an ensemble of ours, or what a kill left of one."""
+    if (folder / _CONFIG).is_file():
+        return {step.model_name for step in _parsed(folder / _CONFIG).ensemble_scheduling.step} == set(FILES)
+    return folder.is_dir() and all((entry / "release.txt").is_file() for entry in folder.iterdir())
+
+
+def _parsed(path: Path) -> ModelConfig:
+    try:
+        return text_format.Parse(path.read_text(), ModelConfig(), allow_unknown_field=True)
+    except text_format.ParseError as error:
+        raise ValueError(f"{path} can't be read ({error}); correct it") from None
+
+
+def _versions(given: Collection[int] | int) -> Collection[int]:
+    return (given,) if isinstance(given, int) else given
+
+
+def _checked(export: Path) -> Manifest:
+    manifest = Manifest.read(export)
+    wanted = {name for names in FILES.values() for name in names} - {ModelSettings.FILE_NAME}
+    missing = [name for name in sorted(wanted | set(manifest.files)) if not (export / name).is_file()]
+    if missing:
+        raise ValueError(f"{export} lacks {', '.join(missing)}; export the checkpoint again")
+    for name in sorted(wanted):
+        if manifest.files.get(name) != sha256_of(export / name):
+            raise ValueError(f"{export / name} is not the file its manifest names; export the checkpoint again")
+    return manifest
+
+
+def _hashes(model: str, names: tuple[str, ...], manifest: Manifest, settings: ModelSettings) -> dict[str, str]:
+    own = {"model.py": sha256_of(_shipped() / model / "1" / "model.py"), ModelSettings.FILE_NAME: settings.sha256()}
+    return {name: own.get(name) or manifest.files[name] for name in ("model.py", *names)}
+
+
+def _read(path: Path) -> Release:
+    try:
+        return Release(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no record of a release ({error}); restore it, or remove it") from None
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder that appears whole or not at all."""
+    folder.parent.mkdir(exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".new-", dir=folder.parent))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        scratch.rename(folder)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def _take(source: Path, target: Path) -> None:
+    """Weights are large: a hard link where the file system has one. What people edit in place is copied."""
+    if source.suffix in (".onnx", ".data"):
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+
+
+def _shipped() -> Path:
+    """The model repository of this package: beside the code in a wheel, at the top of a clone."""
+    for folder in (
+        Path(__file__).parent / "model_repository",
+        Path(__file__).parents[2] / "model_repository",
+    ):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError("florence2-triton is installed without its model_repository; install it again")
+
+
+def _shipped_config(model: str) -> ModelConfig:
+    return text_format.Parse((_shipped() / model / _CONFIG).read_text(), ModelConfig())
+
+
+def _write_config(folder: Path, config: ModelConfig) -> None:
+    """In one rename, so that Triton never reads half a file."""
+    write_whole(folder / _CONFIG, text_format.MessageToString(config))
