@@ -71,7 +71,7 @@ def measured(work: Path, export: Path, count: int, whole: bool, say: Callable[[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="scratch folder; 3 GB")
+    parser.add_argument("--work", type=Path, required=True, help="scratch folder; 15 GB")
     parser.add_argument("--count", type=int, default=10)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -81,6 +81,7 @@ def test_first_release(export: Path, tmp_path: Path) -> None:
     assert [path.name for path in (repository / ENSEMBLE / "1").iterdir()] == ["release.txt"]
     assert (repository / "release-1.json").is_file()
     assert (repository / "beam_search" / "1" / "decoder.onnx").read_text() == "decoder.onnx"
+    assert {path.stat().st_nlink for path in repository.glob("*/1/*")} == {1}
     assert ModelSettings.read(repository / "postprocess" / "1") == ModelSettings(SIZES, [])
     assert Repository(repository).releases() == [release]
     assert Repository(repository).state(release) == "live"

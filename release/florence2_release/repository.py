@@ -15,7 +15,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -200,7 +199,7 @@ class Repository:
         try:
             for model in [model for model, version in models.items() if version == number]:
                 with _new_folder(self.folder / model / str(number)) as folder:
-                    _copy(_shipped() / model / "1" / "model.py", folder / "model.py")
+                    _take(_shipped() / model / "1" / "model.py", folder / "model.py")
                     for file in FILES[model]:
                         if file == ModelSettings.FILE_NAME:
                             settings.write(folder)
@@ -437,15 +436,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _take(source: Path, target: Path) -> None:
-    """Weights are large: a hard link where the file system has one. What people edit in place is copied."""
-    if source.suffix in (".onnx", ".data"):
-        with contextlib.suppress(OSError):
-            os.link(source, target)
-            return
-    _copy(source, target)
-
-
-def _copy(source: Path, target: Path) -> None:
+    """A copy, never a hard link: another link that comes or goes changes the file's ctime, and Triton (24.10) then loads
+    the version again that is serving, under which its python backend has crashed."""
     shutil.copyfile(source, target)
 
 
