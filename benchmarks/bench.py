@@ -124,7 +124,6 @@ def in_flight(count: int, work: Sequence[Callable[[], Any]]) -> list[float]:
 @contextmanager
 def benched(work: Path, rounds: int) -> Iterator[Bench]:
     checkpoint, export = prepare(work)
-    # In the same file system the weights are linked, not copied.
     with tempfile.TemporaryDirectory(dir=work) as repository:
         install(export, Path(repository))
         with TritonServer(repository, cache_size=2**28) as server:
