@@ -118,7 +118,6 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     checkpoint, export = prepare(arguments.work)
-    # In the same file system the weights are linked, not copied.
     with tempfile.TemporaryDirectory(dir=arguments.work) as repository:
         install(export, Path(repository))
         our_times, their_times = measure(checkpoint, Path(repository), arguments.pairs)

@@ -436,8 +436,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _take(source: Path, target: Path) -> None:
-    """A copy, never a hard link: a link more or less changes the file's ctime, and Triton (24.10) then loads the version
-    that is serving again, under which its python backend has crashed."""
+    """A copy, never a hard link: a link more or less changes the file's ctime, and Triton (24.10) then loads again what
+    is serving, under which its python backend has crashed."""
     shutil.copyfile(source, target)
 
 
