@@ -462,7 +462,7 @@ def test_a_repository_that_the_server_reads_elsewhere(
     """As in object storage: a command brings it there."""
     repository, bucket = tmp_path / "repository", tmp_path / "bucket"
     assert main(["release", str(exports["whole"]), "--repository", str(repository)]) == 0
-    publish = f"mkdir -p {bucket} && cp -r {repository}/. {bucket}"
+    publish = f"mkdir -p {bucket} && cp -ru {repository}/. {bucket}"
     subprocess.run(publish, shell=True, check=True)
     with TritonServer(bucket) as server:
         server.wait_ready()

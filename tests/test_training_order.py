@@ -118,7 +118,7 @@ def test_no_samples_and_splits_are_named(checkpoint: Checkpoint, tmp_path: Path)
     tokens = runs.tokens(checkpoint)
     with pytest.raises(ValueError, match="has the splits train, valid; say which with split: train"):
         read_corpus([Source(data=str(folder))], tokens, tmp_path / "corpus.jsonl")
-    with pytest.raises(ValueError, match="not 'test'"):
+    with pytest.raises(ValueError, match="has the splits train, valid; say which with split: train"):
         read_corpus([Source(data=str(folder), split="test")], tokens, tmp_path / "corpus.jsonl")
     assert len(read_corpus([Source(data=str(folder), split="valid")], tokens, tmp_path / "corpus.jsonl")) == 2
     assert len(read_corpus([Source(data=str(folder), split="train")], tokens, tmp_path / "corpus.jsonl", limit=3)) == 3

@@ -29,6 +29,10 @@ def prepare(source: str, work: Path, say: Callable[[str], None]) -> Prepared:
     if (folder / FILE_NAME).is_file():
         return Prepared(folder, None)
     run = next((place for place in (folder, folder.parent) if (place / _RUN).is_file()), None)
+    if folder.is_dir() and not run and not any((folder / name).is_file() for name in (_ADAPTER, "config.json")):
+        raise ValueError(
+            f"{folder} is no export, checkpoint, run or adapter; make one with `florence2 train` or `florence2 export`"
+        )
     training = json.loads((run / _RUN).read_text()) if run else None
     scratch = work / hashlib.sha256(_fingerprint(folder, source).encode()).hexdigest()[:16]
     export = scratch / "export"
