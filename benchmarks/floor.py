@@ -102,7 +102,7 @@ def table(checkpoint: Path, export: Path) -> str:
     weights = decoder_weights(model)
     for requests in (1, 8):
         caches = CacheSizes.of(sizes, rows=requests * NUM_BEAMS)
-        read = 4 * weights + requests * (sizes.image_tokens + len(PROMPT_IDS)) * caches.entry_bytes
+        read = 4 * weights + requests * (sizes.image_tokens + len(PROMPT_IDS)) * 4 * caches.entry_values
         flops = 2 * weights * requests * NUM_BEAMS
         measured = step_seconds(export, caches, sizes, requests)
         work = f"{read / 1e6:.0f} MB read, {flops / 1e9:.1f} GFLOP"

@@ -232,7 +232,7 @@ def test_what_fits_at_all_fits_the_columns_chosen() -> None:
 
 def test_sizes_of_base_by_hand() -> None:
     caches = CacheSizes.of(BASE, rows=24)
-    assert caches.entry_bytes == 2 * 6 * 12 * 64 * 4 == 36_864
+    assert 4 * caches.entry_values == 2 * 6 * 12 * 64 * 4 == 36_864
     assert caches.decoder_entries == 24 * 1024
     # 577 image tokens and 64 of a prompt, in whole blocks.
     assert caches.encoder_entries == 24 * 656
@@ -252,10 +252,11 @@ def test_sizes_follow_the_length_and_the_positions(
 
 
 def test_half_precision_takes_half_the_memory() -> None:
-    assert 2 * CacheSizes.of(BASE, rows=24, itemsize=2).bytes == CacheSizes.of(BASE, rows=24).bytes
+    whole = CacheSizes.of(BASE, rows=24)
+    assert 2 * replace(whole, itemsize=2).bytes == whole.bytes
 
 
-CACHES = CacheSizes(rows=8, decoder_entries=256, encoder_entries=64, entry_bytes=1)
+CACHES = CacheSizes(rows=8, decoder_entries=256, encoder_entries=64, entry_values=1)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.selection import Generation
 
-CACHES = CacheSizes(rows=8, decoder_entries=512, encoder_entries=128, entry_bytes=10)
+CACHES = CacheSizes(rows=8, decoder_entries=512, encoder_entries=128, entry_values=10)
 PATIENCE = 30
 """Seconds that a test waits for another thread before it fails."""
 

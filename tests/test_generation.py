@@ -35,7 +35,7 @@ from florence2.generation.settings import GenerationSettings
 
 EOS, BOS = 2, 0
 IMAGE_TOKENS, POSITIONS = 5, 64
-ROOM = CacheSizes(rows=8, decoder_entries=8 * POSITIONS, encoder_entries=8 * POSITIONS, entry_bytes=1)
+ROOM = CacheSizes(rows=8, decoder_entries=8 * POSITIONS, encoder_entries=8 * POSITIONS, entry_values=1)
 """For one request, whatever it asks for."""
 DISTINCT = 240
 """Requests per model that transformers answers once."""
@@ -210,7 +210,7 @@ def test_requests_that_share_steps_equal_single_ones(exported: Exported, num_bea
     settings = settings_of(num_beams=num_beams, max_new_tokens=12, no_repeat_ngram_size=2, suppress_tokens=[EOS])
     requests = [exported.request(rng, length) for length in (2, 9, 5, 3)]
     alone = [generate(exported.runner, *request, settings) for request in requests]
-    caches = CacheSizes(rows=12, decoder_entries=ROOM.decoder_entries, encoder_entries=64, entry_bytes=1)
+    caches = CacheSizes(rows=12, decoder_entries=ROOM.decoder_entries, encoder_entries=64, entry_values=1)
     runner = GraphRunner(exported.folder, caches, threads=1)
     # What this one leaves in all rows must never be read.
     generate(runner, *exported.request(rng), settings_of(num_beams=8, suppress_tokens=[EOS]))
@@ -292,7 +292,7 @@ def test_a_binding_that_failed_half_way_is_made_again(
 
 def test_caches_that_do_not_fit_are_refused_at_once(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is given when it is first written to; nobody's answer is to find out that there is none."""
-    caches = CacheSizes(rows=8, decoder_entries=4096, encoder_entries=1000, entry_bytes=2048)
+    caches = CacheSizes(rows=8, decoder_entries=4096, encoder_entries=1000, entry_values=512)
     monkeypatch.setattr(runner_module, "available_bytes", lambda: caches.bytes)
     GraphRunner(exported.folder, caches, threads=1)
     monkeypatch.setattr(runner_module, "available_bytes", lambda: caches.bytes - 1)
@@ -386,7 +386,7 @@ def traffic(exported: Exported, seed: int, monkeypatch: pytest.MonkeyPatch) -> T
         rows=choose.choice([8, 9, 12, 24]),
         decoder_entries=8 * columns + choose.randint(0, 16 * columns),
         encoder_entries=encoder_columns + choose.randint(0, 2 * encoder_columns),
-        entry_bytes=1,
+        entry_values=1,
     )
     bind = Cache.bind
 

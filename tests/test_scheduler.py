@@ -10,7 +10,7 @@ from florence2.generation.caches import CacheSizes
 from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
 
-CACHES = CacheSizes(rows=8, decoder_entries=256, encoder_entries=128, entry_bytes=1)
+CACHES = CacheSizes(rows=8, decoder_entries=256, encoder_entries=128, entry_values=1)
 
 
 def scheduler(*requests: Request, max_waiting: int = 100, encoder_batch: int = 4) -> Scheduler:

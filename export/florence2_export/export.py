@@ -3,17 +3,14 @@
 import contextlib
 import hashlib
 import json
-import logging
 import re
 import tempfile
-import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from florence2.generation.settings import GenerationSettings
@@ -21,37 +18,34 @@ from florence2.manifest import FILE_NAME, Manifest, Sizes, sha256_of
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.graphs import GRAPHS, Graph
 from florence2_export.parity import Comparison
+from florence2_export.precision import OPSET, quiet, write_onnx
 from florence2_export.source import open_source
 
-OPSET = 20
-"""The first with Gelu as one operator; TensorRT 10 and Triton's ONNX Runtime read it."""
-PRECISION = "fp32"
 PACKAGES = ("florence2-triton", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
 
-logger = logging.getLogger(__name__)
 
-
-def export(source: str, output: Path, revision: str | None = None) -> Manifest:
+def export(source: str, output: Path, revision: str | None = None, precision: str = "fp32") -> Manifest:
     """Export `source`, a folder or hub id, to `output`. Done already, it returns at once; on failure `output` stays.
+    `precision` is one of PRECISIONS.
 
     Raises CheckpointError for a checkpoint that can't be read, ValueError for one that can't be exported faithfully.
     """
     output = output.resolve()
     done = _existing(output)
-    if done and _unchanged(done, output, open_source(source, revision).sha256()):
+    if done and _unchanged(done, output, open_source(source, revision).sha256(), precision):
         return done
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         folder = Path(scratch) / output.name
         folder.mkdir()
-        manifest = _export_into(folder, source, revision)
+        manifest = _export_into(folder, source, revision, precision)
         if output.exists():
             output.rename(Path(scratch) / "replaced")
         folder.rename(output)
     return manifest
 
 
-def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
+def _export_into(folder: Path, source: str, revision: str | None, precision: str) -> Manifest:
     # A bar on a terminal; a line per step in a log.
     with tqdm(total=3 + len(GRAPHS), unit="step", leave=False, disable=None) as bar:
 
@@ -70,20 +64,20 @@ def _export_into(folder: Path, source: str, revision: str | None) -> Manifest:
             _write_settings(checkpoint, folder)
         for graph in GRAPHS:
             with step(f"exporting {graph.name}"):
-                _write_graph(graph, checkpoint, sizes, folder)
+                _write_graph(graph, checkpoint, sizes, folder, precision)
         comparison = Comparison(checkpoint, sizes, folder)
         with step("comparing the vision encoder with the checkpoint"):
             comparison.vision()
-        with step("comparing encoder, decoder and generations with the checkpoint"), _quiet("transformers"):
+        with step("comparing encoder, decoder and generations with the checkpoint"), quiet("transformers"):
             comparison.text()
-    comparison.parity.check(PRECISION)
+    comparison.parity.check(precision)
     manifest = Manifest(
         source=checkpoint.source,
         revision=checkpoint.revision,
         sha256=checkpoint.sha256,
         layout=checkpoint.layout,
         repairs=checkpoint.repairs,
-        precision=PRECISION,
+        precision=precision,
         opset=OPSET,
         sizes=sizes,
         banned_grounding_phrases=checkpoint.banned_grounding_phrases,
@@ -123,37 +117,10 @@ def _write_settings(checkpoint: Checkpoint, folder: Path) -> None:
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Path) -> None:
-    module = graph.build(checkpoint.model, checkpoint.preprocessor).eval()
-    with _quiet("torch.onnx"):
-        program = torch.onnx.export(
-            module,
-            graph.example(sizes),
-            dynamo=True,
-            dynamic_shapes=graph.dynamic_shapes(sizes),
-            input_names=graph.input_names(sizes),
-            output_names=graph.output_names(sizes),
-            opset_version=OPSET,
-            verbose=False,
-        )
+def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Path, precision: str) -> None:
+    module = graph.build(checkpoint.model, checkpoint.preprocessor)
     # Weights beside the graph: a protobuf ends at 2 GB, and ONNX Runtime maps the file instead of copying it.
-    assert program is not None
-    program.save(folder / f"{graph.name}.onnx", external_data=True)
-
-
-@contextlib.contextmanager
-def _quiet(*loggers: str) -> Iterator[None]:
-    """The exporter's remarks on axis names and transformers' on lengths given twice help nobody here."""
-    levels = {logging.getLogger(name): logging.getLogger(name).level for name in loggers}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for found in levels:
-                found.setLevel(logging.ERROR)
-            yield
-    finally:
-        for found, level in levels.items():
-            found.setLevel(level)
+    write_onnx(module, graph.signature(sizes), folder / f"{graph.name}.onnx", precision, external_data=True)
 
 
 def _existing(output: Path) -> Manifest | None:
@@ -168,8 +135,8 @@ def _existing(output: Path) -> Manifest | None:
         raise ValueError(f"{error}; give another --output, or remove {output}") from None
 
 
-def _unchanged(done: Manifest, output: Path, sha256: str) -> bool:
-    made_alike = (done.sha256, done.precision, done.opset, done.tools) == (sha256, PRECISION, OPSET, _tools())
+def _unchanged(done: Manifest, output: Path, sha256: str, precision: str) -> bool:
+    made_alike = (done.sha256, done.precision, done.opset, done.tools) == (sha256, precision, OPSET, _tools())
     return made_alike and all(
         (output / name).is_file() and sha256_of(output / name) == sha256 for name, sha256 in done.files.items()
     )

@@ -1,11 +1,17 @@
 """The torch modules that become the three ONNX graphs: vision encoder, encoder, decoder.
 
 They hold the layers of transformers' `Florence2ForConditionalGeneration` and run them in the order of its code, with
-attention spelled out in plain operators. Names of caches are optimum's.
+attention spelled out in plain operators, which ONNX Runtime and TensorRT both read: ONNX Runtime's fused
+MultiHeadAttention is no more than 4% faster on a CPU, and slower beside int8 weights. Names of caches are optimum's.
+
+In half precision the same modules hold half weights. ONNX's LayerNormalization computes in float32 inside
+(`stash_type` 1), softmax and log-softmax are done in float32; pictures, image features and log-probabilities, which
+leave the process, are not half either, so that no model's config.pbtxt depends on the precision of a release.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from florence2.manifest import Sizes
+from florence2_export.precision import Signature
 
 CANDIDATES = 16
 """Continuations the decoder returns per beam: beam search looks at 2 x num_beams of them (HF's `beams_to_keep` with one
@@ -20,10 +27,7 @@ end token), and num_beams goes up to 8. All of them can stem from one beam, so e
 
 
 class VisionEncoder(nn.Module):
-    """`pixels` u8 [B, H, W, 3], resized, RGB -> `image_features` [B, N, D]."""
-
-    scale: Tensor
-    shift: Tensor
+    """`pixels` u8 [B, H, W, 3], resized, RGB -> `image_features` f32 [B, N, D]."""
 
     def __init__(self, model: Any, preprocessor: dict[str, Any]) -> None:
         super().__init__()
@@ -31,19 +35,21 @@ class VisionEncoder(nn.Module):
         self.projector = model.model.multi_modal_projector
         # (x * rescale - mean) / std as one multiply and one add per channel.
         rescale, mean, std = (preprocessor[name] for name in ("rescale_factor", "image_mean", "image_std"))
-        self.register_buffer("scale", torch.tensor([rescale / s for s in std]))
-        self.register_buffer("shift", torch.tensor([-m / s for m, s in zip(mean, std, strict=True)]))
+        # No buffers: they stay float32 when the weights become half.
+        self.scale = torch.tensor([rescale / s for s in std])
+        self.shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)])
 
     def forward(self, pixels: Tensor) -> Tensor:
-        normalised = pixels.to(self.scale.dtype) * self.scale + self.shift
-        hidden = normalised.permute(0, 3, 1, 2)
+        # First of all a cast: TensorRT takes u8 as an input, and for nothing else.
+        normalised = pixels.to(torch.float32) * self.scale + self.shift
+        hidden = normalised.permute(0, 3, 1, 2).to(_dtype(self))
         # Not vision_tower(...): its decorators record outputs, which torch.export can't follow.
         for conv, blocks in zip(self.vision_tower.convs, self.vision_tower.blocks, strict=True):
             hidden = conv(hidden)
             for block in blocks:
                 hidden = _vision_block(block.spatial_block, block.spatial_block.window_attn, _attend_windows, hidden)
                 hidden = _vision_block(block.channel_block, block.channel_block.channel_attn, _attend_channels, hidden)
-        return self.projector(hidden)
+        return self.projector(hidden).float()
 
 
 def _vision_block(block: Any, attention: Any, attend: Callable[..., Tensor], hidden: Tensor) -> Tensor:
@@ -68,7 +74,7 @@ def _attend_windows(attention: Any, hidden: Tensor) -> Tensor:
         part.reshape(split).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, side * side, channels // heads)
         for part in attention.qkv(hidden).split(channels, dim=-1)
     )
-    weights = torch.softmax(query * attention.scale @ key.transpose(1, 2), dim=-1)
+    weights = _softmax(query * attention.scale @ key.transpose(1, 2))
     attended = (weights @ value).reshape(batch, rows, columns, heads, side, side, channels // heads)
     attended = attended.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * side, columns * side, channels)
     return attention.proj(attended[:, :height, :width])
@@ -80,7 +86,7 @@ def _attend_channels(attention: Any, hidden: Tensor) -> Tensor:
     split = (batch, height * width, attention.groups, channels // attention.groups)
     # HF puts the tokens last; kept before the channels, they are moved in whole rows.
     query, key, value = (part.reshape(split).transpose(1, 2) for part in attention.qkv(hidden).split(channels, dim=-1))
-    weights = torch.softmax((query * (height * width) ** -0.5).transpose(2, 3) @ key, dim=-1)
+    weights = _softmax((query * (height * width) ** -0.5).transpose(2, 3) @ key)
     attended = value @ weights.transpose(2, 3)
     return attention.proj(attended.transpose(1, 2).reshape(batch, height, width, channels))
 
@@ -88,7 +94,7 @@ def _attend_channels(attention: Any, hidden: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Image features and prompt -> the keys and values that every decoder layer attends to.
 
-    `image_features` [B, N, D], `input_ids` i64 [B, S], `attention_mask` i64 [B, S] (0 on padding) ->
+    `image_features` f32 [B, N, D], `input_ids` i64 [B, S], `attention_mask` i64 [B, S] (0 on padding) ->
     per decoder layer key and value [B, heads, N + S, head_dim], `encoder_attention_mask` i64 [B, N + S].
     """
 
@@ -102,7 +108,7 @@ class Encoder(nn.Module):
         encoder: Any = self.encoder
         image_mask = attention_mask.new_ones(image_features.shape[:2])
         mask = torch.cat([image_mask, attention_mask], dim=1)
-        embedded = torch.cat([image_features, encoder.embed_tokens(input_ids)], dim=1)
+        embedded = torch.cat([image_features.to(_dtype(self)), encoder.embed_tokens(input_ids)], dim=1)
         # Padding may reach past the last position.
         positions = torch.arange(embedded.shape[1]).clamp(max=encoder.config.max_position_embeddings - 1)
         hidden = encoder.layernorm_embedding(embedded + _positions(encoder, positions))
@@ -201,12 +207,21 @@ def _split(hidden: Tensor, heads: int) -> Tensor:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Softmax attention, [B, heads, Q, head_dim] x [B, heads, K, head_dim] -> [B, Q, heads * head_dim]."""
-    weights = torch.softmax(query @ key.transpose(2, 3) + bias, dim=-1)
+    weights = _softmax(query @ key.transpose(2, 3) + bias)
     return (weights @ value).transpose(1, 2).flatten(2)
 
 
+def _softmax(scores: Tensor) -> Tensor:
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+
+
 def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+    # Half of the least number: where nothing is allowed, a sum of -inf in every column would give NaN.
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min / 2).to(dtype)
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
 
 
 def _positions(stack: Any, positions: Tensor) -> Tensor:
@@ -217,21 +232,29 @@ def _positions(stack: Any, positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """What `torch.onnx.export` needs to know of one graph: the module, an example, the names, which dimensions vary."""
+    """The module of one graph, and its signature by the checkpoint's sizes."""
 
     name: str
     build: Callable[[Any, dict[str, Any]], nn.Module]
-    example: Callable[[Sizes], tuple]
+    example: Callable[[Sizes, torch.dtype], tuple]
     dynamic_shapes: Callable[[Sizes], tuple]
     input_names: Callable[[Sizes], list[str]]
     output_names: Callable[[Sizes], list[str]]
+
+    def signature(self, sizes: Sizes) -> Signature:
+        return Signature(
+            example=partial(self.example, sizes),
+            dynamic_shapes=self.dynamic_shapes(sizes),
+            input_names=self.input_names(sizes),
+            output_names=self.output_names(sizes),
+        )
 
 
 def _cache_names(sizes: Sizes, direction: str, kind: str) -> list[str]:
     return [f"{direction}.{layer}.{kind}.{part}" for layer in range(sizes.decoder_layers) for part in ("key", "value")]
 
 
-def _decoder_example(sizes: Sizes) -> tuple:
+def _decoder_example(sizes: Sizes, dtype: torch.dtype) -> tuple:
     slots, beams, rows, columns, moves, encoder_length = 2, 3, 5, 9, 4, 7
     cache = (sizes.decoder_attention_heads, columns, sizes.head_dim)
     cross = (sizes.decoder_attention_heads, encoder_length, sizes.head_dim)
@@ -244,8 +267,8 @@ def _decoder_example(sizes: Sizes) -> tuple:
         torch.zeros(slots, beams, dtype=torch.int64),
         torch.arange(rows),
         torch.ones(slots, encoder_length, dtype=torch.int64),
-        [torch.zeros(rows, *cache) for _ in range(2 * sizes.decoder_layers)],
-        [torch.zeros(slots, *cross) for _ in range(2 * sizes.decoder_layers)],
+        [torch.zeros(rows, *cache, dtype=dtype) for _ in range(2 * sizes.decoder_layers)],
+        [torch.zeros(slots, *cross, dtype=dtype) for _ in range(2 * sizes.decoder_layers)],
     )
 
 
@@ -270,7 +293,7 @@ def _decoder_shapes(sizes: Sizes) -> tuple:
 VISION_ENCODER = Graph(
     name="vision_encoder",
     build=VisionEncoder,
-    example=lambda s: (torch.zeros(2, s.image_height, s.image_width, 3, dtype=torch.uint8),),
+    example=lambda s, _: (torch.zeros(2, s.image_height, s.image_width, 3, dtype=torch.uint8),),
     dynamic_shapes=lambda s: ({0: Dim("batch")},),
     input_names=lambda s: ["pixels"],
     output_names=lambda s: ["image_features"],
@@ -278,7 +301,7 @@ VISION_ENCODER = Graph(
 ENCODER = Graph(
     name="encoder",
     build=lambda model, _: Encoder(model),
-    example=lambda s: (
+    example=lambda s, _: (
         torch.zeros(2, s.image_tokens, s.d_model),
         torch.ones(2, 8, dtype=torch.int64),
         torch.ones(2, 8, dtype=torch.int64),

@@ -30,10 +30,13 @@ class CacheSizes:
     """Self-attention: rows x tokens of the longest."""
     encoder_entries: int
     """Cross-attention: requests x image tokens and prompt of the longest."""
-    entry_bytes: int
+    entry_values: int
+    """Numbers in an entry."""
+    itemsize: int = 4
+    """Bytes of a number."""
 
     @classmethod
-    def of(cls, sizes: Sizes, rows: int, length: int = 1024, itemsize: int = 4) -> "CacheSizes":
+    def of(cls, sizes: Sizes, rows: int, length: int = 1024) -> "CacheSizes":
         """Room for `rows` beams of `length` tokens each, or of fewer if the checkpoint has fewer positions."""
         length = min(length, sizes.max_position_embeddings)
         encoder_length = min(sizes.image_tokens + PROMPT_ROOM, sizes.max_position_embeddings)
@@ -41,12 +44,12 @@ class CacheSizes:
             rows=rows,
             decoder_entries=rows * in_blocks(length),
             encoder_entries=rows * in_blocks(encoder_length),
-            entry_bytes=2 * sizes.decoder_layers * sizes.decoder_attention_heads * sizes.head_dim * itemsize,
+            entry_values=2 * sizes.decoder_layers * sizes.decoder_attention_heads * sizes.head_dim,
         )
 
     @property
     def bytes(self) -> int:
-        return (self.decoder_entries + self.encoder_entries) * self.entry_bytes
+        return (self.decoder_entries + self.encoder_entries) * self.entry_values * self.itemsize
 
     def __str__(self) -> str:
         return (

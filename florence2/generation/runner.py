@@ -7,6 +7,7 @@ the candidates come back.
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,12 +35,13 @@ class GraphRunner:
     """
 
     def __init__(self, folder: Path, caches: CacheSizes, providers: Sequence[str] = CPU, threads: int = 0) -> None:
-        self.caches = caches
         self._encoder = session(folder / "encoder.onnx", providers, threads)
         self._decoder = session(folder / "decoder.onnx", providers, threads)
         self._encoding, self._decoding = self._encoder.io_binding(), self._decoder.io_binding()
         if "beam_rows" not in (found.name for found in self._decoder.get_inputs()):
             raise ValueError(f"{folder} holds graphs of an earlier version: export the checkpoint again and release it")
+        past = next(found for found in self._decoder.get_inputs() if found.name.startswith("past_key_values."))
+        self.caches = caches = replace(caches, itemsize=np.dtype(TYPES[past.type]).itemsize)
         device = DEVICES[self._decoder.get_providers()[0]]
         # What a GPU has left only the allocation itself tells.
         if device == "cpu" and caches.bytes > (available := available_bytes()):

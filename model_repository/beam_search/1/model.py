@@ -28,11 +28,16 @@ class TritonPythonModel:
         if rows < self.settings.num_beams:
             raise ValueError(f"rows is {rows} in config.pbtxt; the checkpoint's num_beams is {self.settings.num_beams}")
         caches = CacheSizes.of(self.sizes, rows, length)
-        pb_utils.Logger.log_info(f"{args['model_name']} {args['model_version']}: {caches}")
         limits = [at_least_one(given, name) for name in ("max_waiting", "encoder_batch")]
         threads = int(given["threads"])
-        self.new_engine = lambda: Engine(GraphRunner(folder, caches, threads=threads), Scheduler(caches, *limits))
+
+        def new_engine():
+            runner = GraphRunner(folder, caches, threads=threads)
+            return Engine(runner, Scheduler(runner.caches, *limits))
+
+        self.new_engine = new_engine
         self.engine = self.new_engine()
+        pb_utils.Logger.log_info(f"{args['model_name']} {args['model_version']}: {self.engine.scheduler.caches}")
         self.metrics = Metrics(args, COUNTERS, GAUGES)
         self.metrics.report(self.engine.figures())
         self.stopping = False
