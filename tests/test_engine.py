@@ -519,7 +519,7 @@ def test_counters_and_figures(served: Served, clock: Clock) -> None:
         "florence2_rows_used": 5,
         "florence2_rows_free": 3,
         "florence2_tokens_per_step": 2,
-        "florence2_cache_bytes": 6400,
+        "florence2_cache_bytes": 25600,
     }
     served.engine.finish()
     counters = served.engine.counters

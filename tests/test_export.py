@@ -72,9 +72,9 @@ def trace_only(names: set[str], done: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """The other graphs are copied: tracing takes seconds, and most of what is tested comes after it."""
     traced = exporting._write_graph
 
-    def write(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Path) -> None:
+    def write(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Path, precision: str) -> None:
         if graph.name in names:
-            traced(graph, checkpoint, sizes, folder)
+            traced(graph, checkpoint, sizes, folder, precision)
         else:
             for suffix in ("", ".data"):
                 shutil.copy(done / f"{graph.name}.onnx{suffix}", folder)
@@ -272,7 +272,7 @@ def test_graphs_of_other_weights_are_refused_and_nothing_changes(native: Path, d
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_a_failure_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: Any, interruption: Any) -> None:
-    def interrupted(graph: Graph, _checkpoint: Any, _sizes: Sizes, folder: Path) -> None:
+    def interrupted(graph: Graph, _checkpoint: Any, _sizes: Sizes, folder: Path, _precision: str) -> None:
         (folder / f"{graph.name}.onnx").write_text("half")
         if graph.name == "decoder":
             raise interruption

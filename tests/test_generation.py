@@ -120,7 +120,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         repairs=[],
     )
     for graph in (ENCODER, DECODER):
-        _write_graph(graph, checkpoint, sizes_of(checkpoint), folder)
+        _write_graph(graph, checkpoint, sizes_of(checkpoint), folder, "fp32")
     exported = Exported(model, folder, rows, GraphRunner(folder, ROOM, threads=1))
     choose, rng = random.Random(seed), np.random.default_rng(seed)
     for _ in range(DISTINCT):
