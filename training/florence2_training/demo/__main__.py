@@ -53,9 +53,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from florence2_training.demo.evaluate import evaluate, markdown
+    from florence2_export.checkpoint import load_checkpoint
 
-    table = markdown(evaluate(arguments.checkpoint, arguments.pictures, arguments.seed, arguments.greedy))
+    from florence2_training.demo.evaluate import evaluate, markdown
+    from florence2_training.evaluation.models import TorchModel
+
+    checkpoint = load_checkpoint(str(arguments.checkpoint))
+    model = TorchModel(checkpoint, batch_size=50, num_beams=1 if arguments.greedy else None)
+    table = markdown(evaluate(model, arguments.pictures, arguments.seed))
     print(table, end="")
     if arguments.output:
         arguments.output.write_text(table)

@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from florence2_export.checkpoint import load_checkpoint
 from tqdm import tqdm
 
 from florence2_training.data.record import Example
 from florence2_training.demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, Picture, draw
 from florence2_training.demo.samples import Sample, answer, groups
-from florence2_training.evaluation.models import TorchModel
+from florence2_training.evaluation.models import Model
 from florence2_training.evaluation.question import questions
 from florence2_training.evaluation.score import score
 
@@ -49,9 +48,8 @@ class Row:
     value: float
 
 
-def evaluate(checkpoint: Path, count: int, seed: int, greedy: bool = False) -> list[Row]:
-    """`count` pictures of each kind. Half-precision weights are computed with in single precision."""
-    model = TorchModel(load_checkpoint(str(checkpoint)), batch_size=50, num_beams=1 if greedy else None)
+def evaluate(model: Model, count: int, seed: int) -> list[Row]:
+    """`count` pictures of each kind."""
     rows = []
     for kind, split, name, measures in _MEASURES:
         pictures = [draw(kind, seed, split, index) for index in range(count)]
