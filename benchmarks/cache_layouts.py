@@ -26,7 +26,9 @@ from onnxruntime import InferenceSession, IOBinding, OrtValue, SessionOptions, g
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
 from report import Table, environment
 
-from florence2.generation.runner import CPU, DEVICES, available_cores
+from florence2.generation.sessions import available_cores
+
+DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
 
 HEADS, HEAD_DIM, OWN = 12, 64, 10
 """OWN: beams of a request differ in their last so many cached tokens; so many entries move when a beam changes rows."""
@@ -140,7 +142,7 @@ def session(graph: Graph, provider: str) -> tuple[InferenceSession, IOBinding]:
         f'<ir_version: 10, opset_import: ["": {24 if "TensorScatter" in nodes else 20}, "com.microsoft": 1]> layer '
         f"({', '.join(types)}) => (float[] attended, float[] present_key, float[] present_value) {{ {nodes} }}"
     )
-    options, cpu = SessionOptions(), provider in CPU
+    options, cpu = SessionOptions(), provider == "CPUExecutionProvider"
     options.intra_op_num_threads = available_cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_cpu_ep_fallback", str(int(not cpu)))
@@ -186,7 +188,9 @@ def measure(shape: tuple[int, int, int], provider: str, steps: int, missing: set
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--provider", default=CPU[0], choices=[p for p in DEVICES if p in get_available_providers()])
+    parser.add_argument(
+        "--provider", default="CPUExecutionProvider", choices=[p for p in DEVICES if p in get_available_providers()]
+    )
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     table = Table("requests x beams x tokens", *(layout.__name__.replace("_", " ") for layout in LAYOUTS))

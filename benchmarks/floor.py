@@ -24,8 +24,9 @@ from transformers import Florence2ForConditionalGeneration
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
-from florence2.generation.runner import GraphRunner, session
+from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
+from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, Sizes, read_json
 

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
-from florence2.generation.runner import GraphRunner, session
+from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.selection import Generation
+from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, read_json
 
@@ -170,7 +171,7 @@ def _streams(module: nn.Module, dtype: torch.dtype, inputs: Callable[[torch.dtyp
 
 
 def drift(checkpoint: Checkpoint) -> str:
-    """The residual stream before every LayerNorm, against fp32: largest difference in thousandths of its largest value."""
+    """The residual stream before every LayerNorm, against fp32: largest difference in thousandths of the largest."""
     sizes = sizes_of(checkpoint)
     pixels = torch.tensor(_picture(sizes.image_height, sizes.image_width, seed=0))
     generator = torch.Generator().manual_seed(0)

@@ -15,12 +15,11 @@ import pytest
 import torch
 from florence2_export.checkpoint import Checkpoint
 from florence2_export.export import _write_graph, sizes_of
-from florence2_export.graphs import DECODER, ENCODER
+from florence2_export.graphs import DECODER, ENCODER, RELAYOUT
 from florence2_export.parity import reference_generate
 from numpy.typing import NDArray
 from transformers import Florence2ForConditionalGeneration, GenerationConfig
 
-import florence2.generation.caches as caches_module
 import florence2.generation.engine as engine_module
 import florence2.generation.runner as runner_module
 from florence2.errors import Cancelled, Unavailable
@@ -119,7 +118,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         sha256="",
         repairs=[],
     )
-    for graph in (ENCODER, DECODER):
+    for graph in (ENCODER, DECODER, RELAYOUT):
         _write_graph(graph, checkpoint, sizes_of(checkpoint), folder, "fp32")
     exported = Exported(model, folder, rows, GraphRunner(folder, ROOM, threads=1))
     choose, rng = random.Random(seed), np.random.default_rng(seed)
@@ -379,7 +378,6 @@ def traffic(exported: Exported, seed: int, monkeypatch: pytest.MonkeyPatch) -> T
     """Through caches of which a few requests fill every row, or every entry, and which change shape all the time."""
     choose = random.Random(seed)
     block = choose.choice([1, 2, 5, 16])
-    monkeypatch.setattr(caches_module, "BLOCK", block)
     # What the largest question takes, and up to three times as much.
     columns, encoder_columns = (-(-longest // block) * block for longest in (25, IMAGE_TOKENS + 40))
     caches = CacheSizes(
@@ -387,6 +385,7 @@ def traffic(exported: Exported, seed: int, monkeypatch: pytest.MonkeyPatch) -> T
         decoder_entries=8 * columns + choose.randint(0, 16 * columns),
         encoder_entries=encoder_columns + choose.randint(0, 2 * encoder_columns),
         entry_values=1,
+        block=block,
     )
     bind = Cache.bind
 
@@ -414,6 +413,33 @@ def test_random_traffic_equals_transformers(traffic: Traffic, monkeypatch: pytes
     assert traffic.outcomes["Generation"] > 300
     assert min(traffic.outcomes[name] for name in ("Cancelled", "Unavailable", "refused")) > 0
     assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._rows) == ([], {}, {})
+
+
+@pytest.mark.parametrize("seed", range(11, 14))
+def test_on_a_gpu_shapes_are_rounded_and_steps_captured(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As there, but for the graphs themselves: while ONNX Runtime captures one, the step is taken twice."""
+    captured = 8
+    monkeypatch.setattr(traffic.runner, "_rounds", True)
+    monkeypatch.setattr(traffic.runner, "_graphs_left", captured)
+    run, graphs = runner_module.Step.run, set()
+
+    def run_twice_at_first(step: Any, *args: Any) -> None:
+        if step.graph > 0 and step.graph not in graphs:
+            graphs.add(step.graph)
+            run(step, *args)
+        run(step, *args)
+
+    monkeypatch.setattr(runner_module.Step, "run", run_twice_at_first)
+    monkeypatch.setattr(runner_module, "STEPS", 20)
+    traffic.run(requests=400)
+    assert traffic.outcomes["Generation"] > 300
+    assert graphs == set(range(1, captured + 1))
+    most = traffic.runner.caches.rows
+    rows = {len(step._inputs["input_ids"].numpy()) for step in traffic.runner._steps.values()}
+    assert rows <= {1, 2, 4, 8, 16, most} | {
+        traffic.runner.caches.decoder_entries // columns for columns, *_ in traffic.runner._steps
+    }
+    assert len(traffic.runner._steps) <= 20
 
 
 def note_shapes(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -447,9 +473,10 @@ def test_what_fails_hurts_nobody_later(traffic: Traffic, monkeypatch: pytest.Mon
     for name in ("_encoder", "_decoder"):
         graph = getattr(traffic.runner, name)
         run = sometimes(graph.run_with_iobinding, RuntimeError(f"{name} failed"))
-        stand_in = SimpleNamespace(run_with_iobinding=run, get_inputs=graph.get_inputs, get_outputs=graph.get_outputs)
+        kept = {each: getattr(graph, each) for each in ("io_binding", "get_inputs", "get_outputs")}
+        stand_in = SimpleNamespace(run_with_iobinding=run, **kept)
         monkeypatch.setattr(traffic.runner, name, stand_in)
-    monkeypatch.setattr(Cache, "_allocate", sometimes(Cache._allocate, MemoryError("no memory")))
+    monkeypatch.setattr(Cache, "_run", sometimes(Cache._run, MemoryError("no memory")))
     monkeypatch.setattr(Cache, "bind", sometimes(Cache.bind, MemoryError("no binding"), share=0.01))
     traffic.run(requests=300)
     assert traffic.outcomes["Generation"] > 30

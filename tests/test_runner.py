@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from florence2.generation.memory import available_bytes
-from florence2.generation.runner import available_cores
+from florence2.generation.sessions import available_cores
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("100000 100000", 1), ("150000 100000", 2), ("50000 100000", 1)])

@@ -120,7 +120,8 @@ def _write_settings(checkpoint: Checkpoint, folder: Path) -> None:
 def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Path, precision: str) -> None:
     module = graph.build(checkpoint.model, checkpoint.preprocessor)
     # Weights beside the graph: a protobuf ends at 2 GB, and ONNX Runtime maps the file instead of copying it.
-    write_onnx(module, graph.signature(sizes), folder / f"{graph.name}.onnx", precision, external_data=True)
+    has_weights = any(True for _ in module.parameters())
+    write_onnx(module, graph.signature(sizes), folder / f"{graph.name}.onnx", precision, external_data=has_weights)
 
 
 def _existing(output: Path) -> Manifest | None:

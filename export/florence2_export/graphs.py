@@ -1,4 +1,4 @@
-"""The torch modules that become the three ONNX graphs: vision encoder, encoder, decoder.
+"""The torch modules that become the ONNX graphs: vision encoder, encoder, decoder, and what changes a cache's shape.
 
 They hold the layers of transformers' `Florence2ForConditionalGeneration` and run them in the order of its code, with
 attention spelled out in plain operators, which ONNX Runtime and TensorRT both read: ONNX Runtime's fused
@@ -200,6 +200,15 @@ class Decoder(nn.Module):
         return [best.indices, best.values, *present]
 
 
+class Relayout(nn.Module):
+    """Rows and columns of a cache: `cache` [R, heads, T, head_dim], `rows` i64 [K], `columns` i64 [C] -> `relaid` [K,
+    heads, C, head_dim]. No weights; a graph because the caches lie on the device, where ONNX Runtime is all there is.
+    """
+
+    def forward(self, cache: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        return cache[rows][:, :, columns]
+
+
 def _split(hidden: Tensor, heads: int) -> Tensor:
     batch, length, width = hidden.shape
     return hidden.reshape(batch, length, heads, width // heads).transpose(1, 2)
@@ -327,4 +336,16 @@ DECODER = Graph(
     ],
     output_names=lambda s: ["candidate_ids", "candidate_logprobs", *_cache_names(s, "present", "decoder")],
 )
-GRAPHS = (VISION_ENCODER, ENCODER, DECODER)
+RELAYOUT = Graph(
+    name="relayout",
+    build=lambda model, _: Relayout(),
+    example=lambda s, dtype: (
+        torch.zeros(3, s.decoder_attention_heads, 4, s.head_dim, dtype=dtype),
+        torch.zeros(2, dtype=torch.int64),
+        torch.zeros(5, dtype=torch.int64),
+    ),
+    dynamic_shapes=lambda s: ({0: Dim("rows"), 2: Dim("columns")}, {0: Dim("kept_rows")}, {0: Dim("kept_columns")}),
+    input_names=lambda s: ["cache", "rows", "columns"],
+    output_names=lambda s: ["relaid"],
+)
+GRAPHS = (VISION_ENCODER, ENCODER, DECODER, RELAYOUT)

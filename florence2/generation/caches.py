@@ -15,7 +15,7 @@ from florence2.manifest import Sizes
 Ids = NDArray[np.int64]
 
 BLOCK = 16
-"""Caches are widened by so many columns at a time: every widening copies them once."""
+"""Caches are widened by so many columns at a time, if nothing else is said: every widening copies them once."""
 PROMPT_ROOM = 64
 """Prompt tokens that every request can have at once; longer prompts have room when fewer requests run."""
 
@@ -34,17 +34,20 @@ class CacheSizes:
     """Numbers in an entry."""
     itemsize: int = 4
     """Bytes of a number."""
+    block: int = BLOCK
+    """Columns by which caches are widened."""
 
     @classmethod
-    def of(cls, sizes: Sizes, rows: int, length: int = 1024) -> "CacheSizes":
+    def of(cls, sizes: Sizes, rows: int, length: int = 1024, block: int = BLOCK) -> "CacheSizes":
         """Room for `rows` beams of `length` tokens each, or of fewer if the checkpoint has fewer positions."""
         length = min(length, sizes.max_position_embeddings)
         encoder_length = min(sizes.image_tokens + PROMPT_ROOM, sizes.max_position_embeddings)
         return cls(
             rows=rows,
-            decoder_entries=rows * in_blocks(length),
-            encoder_entries=rows * in_blocks(encoder_length),
+            decoder_entries=rows * in_blocks(length, block),
+            encoder_entries=rows * in_blocks(encoder_length, block),
             entry_values=2 * sizes.decoder_layers * sizes.decoder_attention_heads * sizes.head_dim,
+            block=block,
         )
 
     @property
@@ -60,8 +63,8 @@ class CacheSizes:
     def hold(self, requests: Sequence[Request]) -> bool:
         """Whether these requests can run together to the end, whatever they generate."""
         rows = sum(request.num_beams for request in requests)
-        columns = in_blocks(max(request.settings.max_length for request in requests))
-        encoder_columns = in_blocks(max(request.encoder_length for request in requests))
+        columns = in_blocks(max(request.settings.max_length for request in requests), self.block)
+        encoder_columns = in_blocks(max(request.encoder_length for request in requests), self.block)
         return (
             rows <= self.rows
             and rows * columns <= self.decoder_entries
@@ -69,14 +72,14 @@ class CacheSizes:
         )
 
 
-def in_blocks(columns: int) -> int:
-    return -(-columns // BLOCK) * BLOCK
+def in_blocks(columns: int, block: int = BLOCK) -> int:
+    return -(-columns // block) * block
 
 
-def fitted(needed: int, current: int, rows: int, entries: int) -> int:
+def fitted(needed: int, current: int, rows: int, entries: int, block: int = BLOCK) -> int:
     """How many columns a cache of `rows` is to have that has `current` of them and needs `needed`. Narrowed only when a
     quarter of it is of no use, or when its `entries` would not do."""
-    columns = in_blocks(needed)
+    columns = in_blocks(needed, block)
     return columns if columns > current or 4 * columns <= 3 * current or rows * current > entries else current
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 if TYPE_CHECKING:
-    from onnxruntime import IOBinding
+    from onnxruntime import InferenceSession, IOBinding, OrtValue
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -25,26 +25,58 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("
 class Cache:
     """One layer's keys or values: room for so many entries, seen as [rows, heads, columns, head_dim].
 
-    A row's entries stand beside each other, so that any number of rows from the first on is one piece of memory. On the
-    CPU the operating system gives pages when they are first written.
+    A row's entries stand beside each other, so that any number of rows from the first on is one piece of memory. It is
+    the same memory from beginning to end, on the device: bindings and CUDA graphs know its address. On the CPU the
+    operating system gives pages when they are first written.
     """
 
-    def __init__(self, entries: int, heads: int, head_dim: int, dtype: DTypeLike, device: str) -> None:
+    def __init__(
+        self, entries: int, heads: int, head_dim: int, dtype: DTypeLike, device: str, relayout: "InferenceSession"
+    ) -> None:
+        """`relayout`: the session of relayout.onnx, on the same device."""
+        from onnxruntime import OrtValue
+
         self._entries, self._heads, self._head_dim = entries, heads, head_dim
         self._dtype, self._device = np.dtype(dtype), device
+        self._relayout = relayout
         self.columns = 0
-        self._memory = self._allocate(self._zeros())
+        # Zeros, because a masked entry still meets a weight of 0, and 0 times NaN is NaN. Whatever is left of other
+        # requests later is finite.
+        self._memory = OrtValue.ortvalue_from_numpy(np.zeros(entries * heads * head_dim, self._dtype), device)
 
     def reshape(self, rows: NDArray[np.int64], columns: int) -> None:
-        """To other `columns`, in fresh memory; of what was there, `rows` are kept, as the first rows. This passes
-        through the host's memory, so it is for when shapes change, not for every step."""
-        memory = self._zeros()
+        """To other `columns`; of what was there, `rows` are kept, as the first rows. Columns that are new hold
+        anything."""
         if len(rows) and self.columns:
-            kept = min(columns, self.columns)
-            old, new = self._seen_as(self._memory.numpy(), self.columns), self._seen_as(memory, columns)
-            for row, source in enumerate(rows):
-                new[row, :, :kept] = old[source, :, :kept]
-        self._memory, self.columns = self._allocate(memory), columns
+            kept = np.minimum(np.arange(columns), self.columns - 1)
+            count = int(rows.max()) + 1
+            # By way of a copy: rows lie elsewhere afterwards, over each other's old places.
+            copied = self._run(count, self.columns, self._memory.data_ptr(), rows, kept, None)
+            self._run(len(rows), columns, copied.data_ptr(), np.arange(len(rows)), np.arange(columns), self._memory)
+        self.columns = columns
+
+    def _run(
+        self,
+        count: int,
+        columns: int,
+        pointer: int,
+        rows: NDArray[np.int64],
+        kept: NDArray[np.int64],
+        target: "OrtValue | None",
+    ) -> "OrtValue":
+        """`rows` and the `kept` columns of what lies at `pointer`, written to `target`, else to memory of its own."""
+        binding = self._relayout.io_binding()
+        shape = (count, self._heads, columns, self._head_dim)
+        binding.bind_input("cache", self._device, 0, self._dtype, shape, pointer)
+        binding.bind_cpu_input("rows", rows)
+        binding.bind_cpu_input("columns", kept)
+        if target is None:
+            binding.bind_output("relaid", self._device)
+        else:
+            shape = (len(rows), self._heads, len(kept), self._head_dim)
+            binding.bind_output("relaid", self._device, 0, self._dtype, shape, target.data_ptr())
+        self._relayout.run_with_iobinding(binding)
+        return binding.get_outputs()[0]
 
     def bind(self, binding: "IOBinding", rows: int, *, first: int = 0, input: str = "", output: str = "") -> None:
         """As a graph's input, output or both: `rows` from the `first` on."""
@@ -59,18 +91,6 @@ class Cache:
 
     def read(self, row: int) -> NDArray[Any]:
         """One row, [heads, columns, head_dim], on the host."""
-        return self._seen_as(self._memory.numpy(), self.columns)[row]
-
-    def _seen_as(self, memory: NDArray[Any], columns: int) -> NDArray[Any]:
-        rows = self._entries // columns
-        used = rows * self._heads * columns * self._head_dim
-        return memory[:used].reshape(rows, self._heads, columns, self._head_dim)
-
-    def _zeros(self) -> NDArray[Any]:
-        # Zeros, because a masked entry still meets a weight of 0, and 0 times NaN is NaN.
-        return np.zeros(self._entries * self._heads * self._head_dim, self._dtype)
-
-    def _allocate(self, memory: NDArray[Any]) -> Any:
-        from onnxruntime import OrtValue
-
-        return OrtValue.ortvalue_from_numpy(memory, self._device)
+        rows = self._entries // self.columns
+        used = rows * self._heads * self.columns * self._head_dim
+        return self._memory.numpy()[:used].reshape(rows, self._heads, self.columns, self._head_dim)[row]

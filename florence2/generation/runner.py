@@ -1,12 +1,12 @@
 """The encoder and decoder graphs in ONNX Runtime, for requests that come and go.
 
 The caches stay where they are, on the device: the graphs read and change them in place (IO binding), and of a step only
-the candidates come back.
+the candidates come back. On a GPU the shapes of a step are rounded up to powers of two, so that few CUDA graphs serve
+all.
 """
 
-import math
-import os
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.caches import CacheSizes, Rows, fitted
+from florence2.generation.caches import CacheSizes, Rows, fitted, in_blocks
 from florence2.generation.memory import Cache, available_bytes
 from florence2.generation.request import Request
+from florence2.generation.sessions import Options, session, tensorrt_options
+from florence2.manifest import Sizes
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession
+    from onnxruntime import InferenceSession, IOBinding, OrtValue
+
+logger = logging.getLogger(__name__)
 
 Ids = NDArray[np.int64]
 
-CPU = ("CPUExecutionProvider",)
-DEVICES = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda"}
+STEPS = 256
+"""Bindings that are kept, one per combination of shapes that a step had."""
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -34,35 +38,45 @@ class GraphRunner:
     A running request has a slot in the cross-attention caches and a row per beam in the self-attention caches.
     """
 
-    def __init__(self, folder: Path, caches: CacheSizes, providers: Sequence[str] = CPU, threads: int = 0) -> None:
-        self._encoder = session(folder / "encoder.onnx", providers, threads)
-        self._decoder = session(folder / "decoder.onnx", providers, threads)
-        self._encoding, self._decoding = self._encoder.io_binding(), self._decoder.io_binding()
+    def __init__(
+        self,
+        folder: Path,
+        caches: CacheSizes,
+        provider: str = "cpu",
+        threads: int = 0,
+        cuda_graphs: int = 0,
+        encoder_options: Options | None = None,
+    ) -> None:
+        """`provider`: as in `sessions.PROVIDERS`. TensorRT runs the encoder, with `encoder_options`; the decoder's
+        caches that change in place are CUDA's. `cuda_graphs`: how many are captured at most, fewer than STEPS."""
+        self._device = "cpu" if provider == "cpu" else "cuda"
+        self._rounds = self._device != "cpu"
+        self._encoder = session(folder / "encoder.onnx", provider, threads, encoder_options)
+        self._decoder, self._graphs_left = _decoder_session(folder, self._device, threads, cuda_graphs)
+        self._relayout = session(folder / "relayout.onnx", self._device, threads)
+        self._encoding = self._encoder.io_binding()
         if "beam_rows" not in (found.name for found in self._decoder.get_inputs()):
             raise ValueError(f"{folder} holds graphs of an earlier version: export the checkpoint again and release it")
         past = next(found for found in self._decoder.get_inputs() if found.name.startswith("past_key_values."))
         self.caches = caches = replace(caches, itemsize=np.dtype(TYPES[past.type]).itemsize)
-        device = DEVICES[self._decoder.get_providers()[0]]
         # What a GPU has left only the allocation itself tells.
-        if device == "cpu" and caches.bytes > (available := available_bytes()):
+        if self._device == "cpu" and caches.bytes > (available := available_bytes()):
             raise ValueError(
                 f"{caches} don't fit: {available / 1e6:.0f} MB are free beside the graphs; lower rows or cache_length "
                 "of beam_search"
             )
-        self._past = self._allocate("decoder", caches.decoder_entries, device)
-        self._cross = self._allocate("encoder", caches.encoder_entries, device)
+        self._past = self._allocate("decoder", caches.decoder_entries)
+        self._cross = self._allocate("encoder", caches.encoder_entries)
         self._past_columns = self._cross_columns = 0
         self._placement = Rows(caches.rows, caches.decoder_entries)
         self._rows: dict[Request, Ids] = {}
         self._slots: dict[Request, int] = {}
-        self._bound: tuple[int, int] | None = None
-        """Rows and slots that the decoder's binding is for; None if caches have moved since."""
-        self._candidates: tuple[Any, Any]
+        self._steps: dict[tuple, Step] = {}
 
-    def _allocate(self, kind: str, entries: int, device: str) -> dict[str, Cache]:
+    def _allocate(self, kind: str, entries: int) -> dict[str, Cache]:
         """Under the decoder's input names."""
         return {
-            found.name: Cache(entries, found.shape[1], found.shape[3], TYPES[found.type], device)
+            found.name: Cache(entries, found.shape[1], found.shape[3], TYPES[found.type], self._device, self._relayout)
             for found in self._decoder.get_inputs()
             if found.name.endswith((f".{kind}.key", f".{kind}.value"))
         }
@@ -107,21 +121,22 @@ class GraphRunner:
         self._rows = dict(zip(requests, np.split(rows, ends[:-1]), strict=True))
         # Rows that are read for the last time go along, with any token.
         count = max(len(rows), int(parents.max()) + 1)
+        count = self._rounded(count, min(self.caches.rows, self.caches.decoder_entries // self._past_columns))
         positions, input_ids = np.zeros(count, np.int64), np.zeros(count, np.int64)
         positions[rows], input_ids[rows] = lengths, np.concatenate([request.search.input_ids for request in requests])
-        self._bind_caches(count, self._slots_used)
         feeds = {
             "input_ids": input_ids,
             "positions": positions,
             "banned_token_ids": self._banned(count),
-            "moved_from": moved_from,
-            "moved_to": moved_to,
+            # Twice the same entry moved to the same place is as good as once.
+            "moved_from": _repeated_last(moved_from),
+            "moved_to": _repeated_last(moved_to),
             **self._cross_attention(count),
         }
-        for name, value in feeds.items():
-            self._decoding.bind_cpu_input(name, value)
-        self._decoder.run_with_iobinding(self._decoding)
-        ids, logprobs = (value.numpy() for value in self._candidates)
+        step = self._step(feeds)
+        self._capture(step, feeds)
+        step.run(self._decoder, feeds)
+        ids, logprobs = (value.numpy() for value in step.candidates)
         return [(ids[rows], logprobs[rows]) for rows in self._rows.values()]
 
     def release(self, request: Request) -> None:
@@ -146,12 +161,12 @@ class GraphRunner:
 
     def _widen_past(self, parents: Ids, needed: int) -> Ids:
         """Caches with room for `needed` columns -> the rows that beams continue, by their new numbers."""
-        columns = fitted(needed, self._past_columns, len(parents), self.caches.decoder_entries)
+        columns = fitted(needed, self._past_columns, len(parents), self.caches.decoder_entries, self.caches.block)
         if columns == self._past_columns:
             return parents
         kept = np.unique(parents[parents >= 0])
         # Until all have changed, there are no caches: if memory runs out half-way, the next ones start afresh.
-        self._past_columns, self._bound = 0, None
+        self._past_columns = 0
         for cache in self._past.values():
             cache.reshape(kept, columns)
         self._placement.keep(kept, columns)
@@ -161,35 +176,66 @@ class GraphRunner:
     def _widen_cross(self, requests: Sequence[Request]) -> None:
         needed = max(request.encoder_length for request in requests)
         slots = max(self._slots_used, len(requests))
-        columns = fitted(needed, self._cross_columns, slots, self.caches.encoder_entries)
+        columns = fitted(needed, self._cross_columns, slots, self.caches.encoder_entries, self.caches.block)
         if columns != self._cross_columns:
             self._reshape_cross(columns)
 
     def _reshape_cross(self, columns: int) -> None:
         """To other columns, and without gaps between the slots in use."""
         kept = np.array(list(self._slots.values()), np.int64)
-        self._cross_columns, self._bound = 0, None
+        self._cross_columns = 0
         for cache in self._cross.values():
             cache.reshape(kept, columns)
         self._slots = {request: slot for slot, request in enumerate(self._slots)}
         self._cross_columns = columns
 
-    def _bind_caches(self, rows: int, slots: int) -> None:
-        if self._bound == (rows, slots):
-            return
+    def _step(self, feeds: Mapping[str, Ids]) -> "Step":
+        """The decoder bound for these shapes."""
+        key = (self._past_columns, self._cross_columns, *(value.shape for value in feeds.values()))
+        if key not in self._steps:
+            if len(self._steps) == STEPS:
+                # The oldest without a graph; graphs stay, as their number is bounded and their making is slow.
+                self._steps.pop(next(key for key, step in self._steps.items() if step.graph < 0))
+            self._steps[key] = self._bind(feeds)
+        return self._steps[key]
+
+    def _bind(self, feeds: Mapping[str, Ids]) -> "Step":
         from onnxruntime import OrtValue
 
-        self._bound = None
+        binding = self._decoder.io_binding()
+        rows, slots = len(feeds["input_ids"]), len(feeds["beam_rows"])
         for name, cache in self._past.items():
-            cache.bind(self._decoding, rows, input=name, output=name.replace("past_key_values", "present"))
+            cache.bind(binding, rows, input=name, output=name.replace("past_key_values", "present"))
         for name, cache in self._cross.items():
-            cache.bind(self._decoding, slots, input=name)
+            cache.bind(binding, slots, input=name)
+        inputs = {name: OrtValue.ortvalue_from_numpy(value, self._device) for name, value in feeds.items()}
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
         shape = (rows, self._decoder.get_outputs()[0].shape[1])
-        ids, logprobs = (OrtValue.ortvalue_from_numpy(np.empty(shape, dtype)) for dtype in (np.int64, np.float32))
-        self._decoding.bind_ortvalue_output("candidate_ids", ids)
-        self._decoding.bind_ortvalue_output("candidate_logprobs", logprobs)
-        self._candidates = ids, logprobs
-        self._bound = rows, slots
+        ids, logprobs = (
+            OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device) for dtype in (np.int64, np.float32)
+        )
+        binding.bind_ortvalue_output("candidate_ids", ids)
+        binding.bind_ortvalue_output("candidate_logprobs", logprobs)
+        return Step(binding, inputs, (ids, logprobs))
+
+    def _capture(self, step: "Step", feeds: Mapping[str, Ids]) -> None:
+        """A CUDA graph of shapes that come again and again.
+
+        ONNX Runtime takes the step twice while it captures one, and the entries that a step moves can only be moved
+        once. So it is captured with nothing to move but an entry to its own place; what else that writes, the step
+        itself writes again."""
+        step.times += 1
+        if not (self._graphs_left and step.graph < 0 and step.times > 2):
+            return
+        step.graph = self._graphs_left
+        self._graphs_left -= 1
+        still = np.zeros_like(feeds["moved_from"])
+        step.run(self._decoder, {**feeds, "moved_from": still, "moved_to": still})
+
+    def _rounded(self, count: int, most: int) -> int:
+        """On a GPU up to a power of two, which costs next to nothing there and makes shapes come again."""
+        return min(_power_of_two(count), most) if self._rounds else count
 
     def _banned(self, rows: int) -> Ids:
         by_row = [
@@ -197,7 +243,7 @@ class GraphRunner:
             for request, own in self._rows.items()
             for pair in zip(own, request.search.banned_tokens(), strict=True)
         ]
-        banned = np.full((rows, max(1, *(len(tokens) for _, tokens in by_row))), -1)
+        banned = np.full((rows, _power_of_two(max(len(tokens) for _, tokens in by_row))), -1)
         for row, tokens in by_row:
             banned[row, : len(tokens)] = tokens
         return banned
@@ -205,8 +251,10 @@ class GraphRunner:
     def _cross_attention(self, rows: int) -> dict[str, Ids]:
         """Which rows ask which slot, and how much of it there is."""
         beams = max(map(len, self._rows.values()))
-        beam_rows, row_beams = np.zeros((self._slots_used, beams), np.int64), np.zeros(rows, np.int64)
-        mask = np.zeros((self._slots_used, self._cross_columns), np.int64)
+        most = min(self.caches.rows, self.caches.encoder_entries // self._cross_columns)
+        slots = self._rounded(self._slots_used, most)
+        beam_rows, row_beams = np.zeros((slots, beams), np.int64), np.zeros(rows, np.int64)
+        mask = np.zeros((slots, self._cross_columns), np.int64)
         for request, own in self._rows.items():
             slot = self._slots[request]
             beam_rows[slot, : len(own)] = own
@@ -215,23 +263,58 @@ class GraphRunner:
         return {"beam_rows": beam_rows, "row_beams": row_beams, "encoder_attention_mask": mask}
 
 
-def session(path: Path, providers: Sequence[str] = CPU, threads: int = 0) -> "InferenceSession":
-    """An ONNX Runtime session; `threads` 0 takes every core this process may use."""
-    # Imported here: what reads token ids and settings only must not need ONNX Runtime.
-    import onnxruntime
+class Step:
+    """The decoder bound for one combination of shapes: inputs that are written in place, caches, candidates."""
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
-    # Triton runs several sessions on the same cores; threads that spin while idle would slow the others down.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    def __init__(
+        self, binding: "IOBinding", inputs: Mapping[str, "OrtValue"], candidates: tuple["OrtValue", "OrtValue"]
+    ) -> None:
+        self.candidates = candidates
+        self.times = 0
+        self.graph = -1
+        """The number of its CUDA graph; ONNX Runtime takes -1 for none."""
+        self._binding, self._inputs = binding, inputs
+
+    def run(self, decoder: "InferenceSession", feeds: Mapping[str, Ids]) -> None:
+        from onnxruntime import RunOptions
+
+        for name, value in feeds.items():
+            self._inputs[name].update_inplace(value)
+        options = RunOptions()
+        options.add_run_config_entry("gpu_graph_id", str(self.graph))
+        decoder.run_with_iobinding(self._binding, options)
 
 
-def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores by affinity and by the container's quota, which ONNX Runtime doesn't look at."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = cpu_max.read_text().split()
-        return max(1, min(cores, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
-        return cores
+def _decoder_session(folder: Path, device: str, threads: int, cuda_graphs: int) -> tuple["InferenceSession", int]:
+    """And how many CUDA graphs it can capture."""
+    path = folder / "decoder.onnx"
+    if device == "cuda" and cuda_graphs:
+        try:
+            return session(path, device, threads, {"enable_cuda_graph": "1"}), cuda_graphs
+        except Exception as error:
+            # They are for speed alone: whoever serves should know, and go on.
+            logger.warning("no CUDA graphs: %s", error)
+    return session(path, device, threads), 0
+
+
+def encoder_options(sizes: Sizes, batch: int, block: int) -> Options:
+    """For TensorRT: the shapes that `encode` comes with, `batch` requests at most."""
+    image = sizes.image_tokens
+
+    def shapes(requests: int, prompt: int) -> dict[str, tuple[int, ...]]:
+        ids = (requests, prompt)
+        return {"image_features": (requests, image, sizes.d_model), "input_ids": ids, "attention_mask": ids}
+
+    usual, most = (in_blocks(length, block) - image for length in (image + 1, sizes.max_position_embeddings))
+    return tensorrt_options(shapes(1, 1), shapes(1, usual), shapes(batch, most))
+
+
+def _power_of_two(count: int) -> int:
+    """At least `count`, and 1."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _repeated_last(entries: Ids) -> Ids:
+    """[N, 2] -> N a power of two, or still 0."""
+    missing = _power_of_two(len(entries)) - len(entries) if len(entries) else 0
+    return np.concatenate([entries, np.repeat(entries[-1:], missing, axis=0)])

@@ -40,7 +40,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "preprocess": ("tokenizer.json", "preprocessor_config.json", ModelSettings.FILE_NAME),
     "vision_encoder": ("vision_encoder.onnx", "vision_encoder.onnx.data"),
     "beam_search": (
-        *("encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data"),
+        *("encoder.onnx", "encoder.onnx.data", "decoder.onnx", "decoder.onnx.data", "relayout.onnx"),
         *("generation_config.json", ModelSettings.FILE_NAME),
     ),
     "postprocess": ("tokenizer.json", ModelSettings.FILE_NAME),

@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 
-from florence2.generation.runner import session
+from florence2.generation.sessions import session
 from florence2.triton import Worker, parameters, version_folder
 
 

@@ -23,9 +23,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
-from florence2.generation.runner import GraphRunner, session
+from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.selection import Generation
+from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.images import decode
 from florence2.manifest import Manifest, read_json
