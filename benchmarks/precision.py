@@ -132,9 +132,9 @@ def _norm_in_half(hidden: Tensor, shape: Any, weight: Tensor, bias: Tensor, eps:
     return centred / ((centred * centred).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
 
 
-def _softmax_in_half(scores: Tensor) -> Tensor:
-    grown = (scores - scores.amax(-1, keepdim=True)).exp()
-    return grown / grown.sum(-1, keepdim=True)
+def _softmax_in_half(scores: Tensor, dim: int) -> Tensor:
+    grown = (scores - scores.amax(dim, keepdim=True)).exp()
+    return grown / grown.sum(dim, keepdim=True)
 
 
 VARIANTS: dict[str, tuple[torch.dtype, dict[str, Callable]]] = {
@@ -149,7 +149,7 @@ VARIANTS: dict[str, tuple[torch.dtype, dict[str, Callable]]] = {
 def _patched(norm: Callable | None = None, softmax: Callable | None = None) -> Iterator[None]:
     with (
         patch.object(nn.functional, "layer_norm", norm or nn.functional.layer_norm),
-        patch.object(graphs, "_softmax", softmax or graphs._softmax),
+        patch.object(torch, "softmax", softmax or torch.softmax),
     ):
         yield
 
@@ -226,6 +226,7 @@ def main() -> None:
     found = [
         ("The demo checkpoint", demo.__doc__, demo(arguments.work, arguments.pictures)),
         ("True size", true_size.__doc__, true_size(base, arguments.work)),
+        ("Drift, the demo checkpoint", drift.__doc__, drift(load_checkpoint(str(DEMO)))),
         ("Drift, Florence-2-base with random weights", drift.__doc__, drift(load_checkpoint(str(base)))),
     ]
     text = "\n".join(f"## {title}\n\n{note}\n\n{table}" for title, note, table in found)

@@ -5,8 +5,9 @@ attention spelled out in plain operators, which ONNX Runtime and TensorRT both r
 MultiHeadAttention is no more than 4% faster on a CPU, and slower beside int8 weights. Names of caches are optimum's.
 
 In half precision the same modules hold half weights. ONNX's LayerNormalization computes in float32 inside
-(`stash_type` 1), softmax and log-softmax are done in float32; pictures, image features and log-probabilities, which
-leave the process, are not half either, so that no model's config.pbtxt depends on the precision of a release.
+(`stash_type` 1): done in half, it destroys the late blocks of a trained vision encoder, while softmax in half adds nothing
+to the drift (benchmarks/precision.md). Log-softmax is float32; so are pictures, image features and log-probabilities,
+which leave the process: no model's config.pbtxt depends on the precision of a release.
 """
 
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def _attend_windows(attention: Any, hidden: Tensor) -> Tensor:
         part.reshape(split).permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, side * side, channels // heads)
         for part in attention.qkv(hidden).split(channels, dim=-1)
     )
-    weights = _softmax(query * attention.scale @ key.transpose(1, 2))
+    weights = torch.softmax(query * attention.scale @ key.transpose(1, 2), dim=-1)
     attended = (weights @ value).reshape(batch, rows, columns, heads, side, side, channels // heads)
     attended = attended.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, rows * side, columns * side, channels)
     return attention.proj(attended[:, :height, :width])
@@ -86,7 +87,7 @@ def _attend_channels(attention: Any, hidden: Tensor) -> Tensor:
     split = (batch, height * width, attention.groups, channels // attention.groups)
     # HF puts the tokens last; kept before the channels, they are moved in whole rows.
     query, key, value = (part.reshape(split).transpose(1, 2) for part in attention.qkv(hidden).split(channels, dim=-1))
-    weights = _softmax((query * (height * width) ** -0.5).transpose(2, 3) @ key)
+    weights = torch.softmax((query * (height * width) ** -0.5).transpose(2, 3) @ key, dim=-1)
     attended = value @ weights.transpose(2, 3)
     return attention.proj(attended.transpose(1, 2).reshape(batch, height, width, channels))
 
@@ -216,12 +217,8 @@ def _split(hidden: Tensor, heads: int) -> Tensor:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Softmax attention, [B, heads, Q, head_dim] x [B, heads, K, head_dim] -> [B, Q, heads * head_dim]."""
-    weights = _softmax(query @ key.transpose(2, 3) + bias)
+    weights = torch.softmax(query @ key.transpose(2, 3) + bias, dim=-1)
     return (weights @ value).transpose(1, 2).flatten(2)
-
-
-def _softmax(scores: Tensor) -> Tensor:
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
 
 
 def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
