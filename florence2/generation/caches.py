@@ -38,14 +38,17 @@ class CacheSizes:
     """Columns by which caches are widened."""
 
     @classmethod
-    def of(cls, sizes: Sizes, rows: int, length: int = 1024, block: int = BLOCK) -> "CacheSizes":
-        """Room for `rows` beams of `length` tokens each, or of fewer if the checkpoint has fewer positions."""
+    def of(
+        cls, sizes: Sizes, rows: int, length: int = 1024, requests: int | None = None, block: int = BLOCK
+    ) -> "CacheSizes":
+        """Room for `rows` beams of `length` tokens each, or of fewer if the checkpoint has fewer positions, that belong
+        to so many `requests`; left out, every row may be a request of its own."""
         length = min(length, sizes.max_position_embeddings)
         encoder_length = min(sizes.image_tokens + PROMPT_ROOM, sizes.max_position_embeddings)
         return cls(
             rows=rows,
             decoder_entries=rows * in_blocks(length, block),
-            encoder_entries=rows * in_blocks(encoder_length, block),
+            encoder_entries=(requests or rows) * in_blocks(encoder_length, block),
             entry_values=2 * sizes.decoder_layers * sizes.decoder_attention_heads * sizes.head_dim,
             block=block,
         )

@@ -297,7 +297,7 @@ def _decoder_session(folder: Path, device: str, threads: int, cuda_graphs: int) 
     return session(path, device, threads), 0
 
 
-def encoder_options(sizes: Sizes, batch: int, block: int) -> Options:
+def encoder_options(sizes: Sizes, batch: int, block: int, cache: str) -> Options:
     """For TensorRT: the shapes that `encode` comes with, `batch` requests at most."""
     image = sizes.image_tokens
 
@@ -306,7 +306,7 @@ def encoder_options(sizes: Sizes, batch: int, block: int) -> Options:
         return {"image_features": (requests, image, sizes.d_model), "input_ids": ids, "attention_mask": ids}
 
     usual, most = (in_blocks(length, block) - image for length in (image + 1, sizes.max_position_embeddings))
-    return tensorrt_options(shapes(1, 1), shapes(1, usual), shapes(batch, most))
+    return tensorrt_options(shapes(1, 1), shapes(1, usual), shapes(batch, most), cache)
 
 
 def _power_of_two(count: int) -> int:

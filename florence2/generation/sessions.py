@@ -25,9 +25,6 @@ PROVIDERS: dict[str, tuple[tuple[str, Options], ...]] = {
 }
 """By the value of `execution_provider` in config.pbtxt."""
 
-TENSORRT_CACHE = "FLORENCE2_TENSORRT_CACHE"
-"""Environment variable: the folder where ONNX Runtime keeps the engines that TensorRT builds at the first start."""
-
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -56,21 +53,22 @@ def session(path: Path, provider: str = "cpu", threads: int = 0, options: Option
     return made
 
 
-def tensorrt_options(least: Shapes, usual: Shapes, most: Shapes) -> Options:
-    """Explicit shape profiles, so that one engine serves all requests, and where engines are kept. By input name."""
-    options = {
+def tensorrt_options(least: Shapes, usual: Shapes, most: Shapes, cache: str) -> Options:
+    """Explicit shape profiles by input name, so that one engine serves all requests; built at the first start, which
+    takes minutes, it is kept in the folder `cache`."""
+    profiles = {
         f"trt_profile_{kind}_shapes": ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
         for kind, shapes in (("min", least), ("opt", usual), ("max", most))
     }
-    cache = os.environ.get(TENSORRT_CACHE)
-    if cache:
-        options |= {
-            "trt_engine_cache_enable": "1",
-            "trt_engine_cache_path": cache,
-            "trt_timing_cache_enable": "1",
-            "trt_timing_cache_path": cache,
-        }
-    return options
+    return {
+        **profiles,
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": cache,
+        # In half it destroys the features (benchmarks/precision.md).
+        "trt_layer_norm_fp32_fallback": "1",
+    }
 
 
 def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

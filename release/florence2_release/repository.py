@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -34,6 +35,9 @@ NEXT = "_next"
 """Behind the name of an ensemble: the release of it that is looked at."""
 _RECORD = re.compile(r"release-(\d+)\.json")
 _CONFIG = "config.pbtxt"
+
+OPTIONAL = {"vision_encoder": ("vision_encoder.plan",)}
+"""What a version folder holds if the export has it: TensorRT's plan, made on the machine that serves."""
 
 # What each model's version folder holds beside its model.py.
 FILES: dict[str, tuple[str, ...]] = {
@@ -193,17 +197,17 @@ class Repository:
         manifest = _checked(export)
         number = self._next_number()
         settings = ModelSettings(manifest.sizes, manifest.banned_grounding_phrases)
-        files = {model: _hashes(model, names, manifest, settings) for model, names in FILES.items()}
+        files = {model: _hashes(model, export, manifest, settings) for model in FILES}
         models = {model: self._shared(model, files[model]) or number for model in FILES}
         release = Release(number, name, models, files, json.loads((export / FILE_NAME).read_text()), training)
         try:
             for model in [model for model, version in models.items() if version == number]:
                 with _new_folder(self.folder / model / str(number)) as folder:
                     _take(_shipped() / model / "1" / "model.py", folder / "model.py")
-                    for file in FILES[model]:
+                    for file in files[model]:
                         if file == ModelSettings.FILE_NAME:
                             settings.write(folder)
-                        else:
+                        elif file != "model.py":
                             _take(export / file, folder / file)
             self.write(release)
         except OSError as error:
@@ -243,7 +247,7 @@ class Repository:
 
     def tidy(self) -> None:
         """Before a server starts: it loads what clients get, not what was looked at when the last one ended."""
-        if self.ensembles():
+        if self.ensembles() and os.access(self.folder, os.W_OK):
             with contextlib.suppress(BlockingIOError), self.locked(wait=False):
                 for name in self.ensembles():
                     if name.endswith(NEXT):
@@ -323,7 +327,7 @@ class Repository:
         return None
 
     def _write_ensemble(self, name: str, release: Release) -> None:
-        config = _shipped_config(ENSEMBLE)
+        config = _parsed(_shipped() / ENSEMBLE / _CONFIG)
         config.name = name
         config.version_policy.specific.versions[:] = [release.number]
         for step in config.ensemble_scheduling.step:
@@ -332,20 +336,24 @@ class Repository:
         version.mkdir(parents=True, exist_ok=True)
         # Object storage has no empty folders.
         (version / "release.txt").write_text(f"release-{release.number}.json\n")
-        _write_config(self.folder / name, config)
+        _write_config(self.folder / name / _CONFIG, config)
 
     def _write_model(self, model: str, versions: list[int]) -> None:
-        """Keeps what was set in the config that is there: parameters, and instances."""
-        config, before = _shipped_config(model), self.config(model)
-        if before:
-            for key, parameter in before.parameters.items():
-                if key in config.parameters:
-                    config.parameters[key].CopyFrom(parameter)
-            del config.instance_group[:]
-            config.instance_group.extend(before.instance_group)
-        config.version_policy.specific.versions[:] = versions
-        if config != before:
-            _write_config(self.folder / model, config)
+        """Its config of every profile. Keeps what was set in those that are there: parameters, and instances; profiles
+        of somebody's own are kept whole."""
+        for name in sorted(_profiles(_shipped() / model) | _profiles(self.folder / model)):
+            path, shipped = self.folder / model / name, _shipped() / model / name
+            before = _parsed(path) if path.is_file() else None
+            config = _parsed(shipped if shipped.is_file() else path)
+            if before:
+                for key, parameter in before.parameters.items():
+                    if key in config.parameters:
+                        config.parameters[key].CopyFrom(parameter)
+                del config.instance_group[:]
+                config.instance_group.extend(before.instance_group)
+            config.version_policy.specific.versions[:] = versions
+            if config != before:
+                _write_config(path, config)
 
 
 def install(export: Path, folder: Path, name: str = ENSEMBLE, training: dict[str, Any] | None = None) -> Release:
@@ -409,9 +417,10 @@ def _checked(export: Path) -> Manifest:
     return manifest
 
 
-def _hashes(model: str, names: tuple[str, ...], manifest: Manifest, settings: ModelSettings) -> dict[str, str]:
+def _hashes(model: str, export: Path, manifest: Manifest, settings: ModelSettings) -> dict[str, str]:
     own = {"model.py": sha256_of(_shipped() / model / "1" / "model.py"), ModelSettings.FILE_NAME: settings.sha256()}
-    return {name: own.get(name) or manifest.files[name] for name in ("model.py", *names)}
+    own |= {name: sha256_of(export / name) for name in OPTIONAL.get(model, ()) if (export / name).is_file()}
+    return own | {name: manifest.files[name] for name in FILES[model] if name not in own}
 
 
 def _read(path: Path) -> Release:
@@ -452,10 +461,12 @@ def _shipped() -> Path:
     raise FileNotFoundError("florence2-triton is installed without its model_repository; install it again")
 
 
-def _shipped_config(model: str) -> ModelConfig:
-    return text_format.Parse((_shipped() / model / _CONFIG).read_text(), ModelConfig())
+def _profiles(folder: Path) -> set[str]:
+    """Configs of a model: config.pbtxt, which is the profile cpu's, and configs/PROFILE.pbtxt."""
+    return {_CONFIG, *(f"configs/{path.name}" for path in folder.glob("configs/*.pbtxt"))}
 
 
-def _write_config(folder: Path, config: ModelConfig) -> None:
+def _write_config(path: Path, config: ModelConfig) -> None:
     """In one rename, so that Triton never reads half a file."""
-    write_whole(folder / _CONFIG, text_format.MessageToString(config))
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, text_format.MessageToString(config))

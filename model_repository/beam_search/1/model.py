@@ -8,7 +8,7 @@ import triton_python_backend_utils as pb_utils
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import COUNTERS, GAUGES, Engine
 from florence2.generation.request import Request
-from florence2.generation.runner import GraphRunner
+from florence2.generation.runner import GraphRunner, encoder_options
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import ModelSettings, read_json
@@ -27,12 +27,16 @@ class TritonPythonModel:
         rows, length = at_least_one(given, "rows"), at_least_one(given, "cache_length")
         if rows < self.settings.num_beams:
             raise ValueError(f"rows is {rows} in config.pbtxt; the checkpoint's num_beams is {self.settings.num_beams}")
-        caches = CacheSizes.of(self.sizes, rows, length)
+        block = at_least_one(given, "cache_block")
+        caches = CacheSizes.of(self.sizes, rows, length, at_least_one(given, "requests"), block)
         limits = [at_least_one(given, name) for name in ("max_waiting", "encoder_batch")]
-        threads = int(given["threads"])
+        provider, threads, graphs = given["execution_provider"], int(given["threads"]), int(given["cuda_graphs"])
+        options = None
+        if provider == "tensorrt":
+            options = encoder_options(self.sizes, limits[1], block, given["tensorrt_cache"])
 
         def new_engine():
-            runner = GraphRunner(folder, caches, threads=threads)
+            runner = GraphRunner(folder, caches, provider, threads, graphs, options)
             return Engine(runner, Scheduler(runner.caches, *limits))
 
         self.new_engine = new_engine

@@ -10,7 +10,9 @@ from florence2.triton import Worker, parameters, version_folder
 class TritonPythonModel:
     def initialize(self, args):
         given = parameters(args)
-        self.graph = session(version_folder(args) / "vision_encoder.onnx", threads=int(given["threads"]))
+        self.graph = session(
+            version_folder(args) / "vision_encoder.onnx", given["execution_provider"], int(given["threads"])
+        )
         self.kept = int(given["recent_pictures"])
         self.recent = OrderedDict()
         self.worker = Worker(self.answer, given)
