@@ -217,7 +217,7 @@ class Repository:
 
     def sweep(self) -> None:
         """Removes what a kill or a full disk left of a release that never came to be."""
-        for left_behind in (*self.folder.glob("*/.new-*"), *self.folder.glob("*/.*.part")):
+        for left_behind in (*self.folder.glob("*/.new-*"), *self.folder.glob("**/.*.part")):
             shutil.rmtree(left_behind) if left_behind.is_dir() else left_behind.unlink()
         for name in self.ensembles():
             if self.config(name) is None:
@@ -419,8 +419,9 @@ def _checked(export: Path) -> Manifest:
 
 def _hashes(model: str, export: Path, manifest: Manifest, settings: ModelSettings) -> dict[str, str]:
     own = {"model.py": sha256_of(_shipped() / model / "1" / "model.py"), ModelSettings.FILE_NAME: settings.sha256()}
-    own |= {name: sha256_of(export / name) for name in OPTIONAL.get(model, ()) if (export / name).is_file()}
-    return own | {name: manifest.files[name] for name in FILES[model] if name not in own}
+    found = {name: own.get(name) or manifest.files[name] for name in ("model.py", *FILES[model])}
+    optional = [name for name in OPTIONAL.get(model, ()) if (export / name).is_file()]
+    return found | {name: sha256_of(export / name) for name in optional}
 
 
 def _read(path: Path) -> Release:
