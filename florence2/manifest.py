@@ -48,13 +48,13 @@ class Manifest:
     parity: dict[str, Any] = field(default_factory=dict)
     """The export against the checkpoint: differences per graph, agreement of whole generations."""
 
-    def write(self, folder: Path) -> None:
-        (folder / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+    def write(self, folder: Path, name: str = FILE_NAME) -> None:
+        (folder / name).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path, name: str = FILE_NAME) -> "Manifest":
         """Raises ValueError, naming the file, if it isn't there or isn't one of ours."""
-        path = folder / FILE_NAME
+        path = folder / name
         try:
             content = json.loads(path.read_text())
             return cls(**{**content, "sizes": Sizes(**content["sizes"])})

@@ -5,7 +5,8 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -31,32 +32,27 @@ def export(source: str, output: Path, revision: str | None = None, precision: st
     Raises CheckpointError for a checkpoint that can't be read, ValueError for one that can't be exported faithfully.
     """
     output = output.resolve()
-    done = _existing(output)
-    if done and _unchanged(done, output, open_source(source, revision).sha256(), precision):
+    if done := done_already(output, source, revision, precision):
         return done
+    with filled(output) as folder:
+        return _export_into(folder, source, revision, precision)
+
+
+@contextlib.contextmanager
+def filled(output: Path) -> Iterator[Path]:
+    """An empty folder, which takes `output`'s place once it is filled; on failure `output` stays."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
         folder = Path(scratch) / output.name
         folder.mkdir()
-        manifest = _export_into(folder, source, revision, precision)
+        yield folder
         if output.exists():
             output.rename(Path(scratch) / "replaced")
         folder.rename(output)
-    return manifest
 
 
 def _export_into(folder: Path, source: str, revision: str | None, precision: str) -> Manifest:
-    # A bar on a terminal; a line per step in a log.
-    with tqdm(total=3 + len(GRAPHS), unit="step", leave=False, disable=None) as bar:
-
-        @contextlib.contextmanager
-        def step(name: str) -> Iterator[None]:
-            bar.set_description(name)
-            if bar.disable:
-                print(name, flush=True)
-            yield
-            bar.update()
-
+    with progress(3 + len(GRAPHS)) as step:
         with step("reading the checkpoint"):
             checkpoint = load_checkpoint(source, revision)
             sizes = sizes_of(checkpoint)
@@ -71,7 +67,30 @@ def _export_into(folder: Path, source: str, revision: str | None, precision: str
         with step("comparing encoder, decoder and generations with the checkpoint"), quiet("transformers"):
             comparison.text()
     comparison.parity.check(precision)
-    manifest = Manifest(
+    manifest = manifest_of(checkpoint, sizes, folder, precision, asdict(comparison.parity))
+    manifest.write(folder)
+    return manifest
+
+
+@contextlib.contextmanager
+def progress(steps: int) -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+    """Gives what is to be entered around each step, by name: a bar on a terminal, a line per step in a log."""
+    with tqdm(total=steps, unit="step", leave=False, disable=None) as bar:
+
+        @contextlib.contextmanager
+        def step(name: str) -> Iterator[None]:
+            bar.set_description(name)
+            if bar.disable:
+                print(name, flush=True)
+            yield
+            bar.update()
+
+        yield step
+
+
+def manifest_of(checkpoint: Checkpoint, sizes: Sizes, folder: Path, precision: str, parity: dict[str, Any]) -> Manifest:
+    """Of everything in `folder`."""
+    return Manifest(
         source=checkpoint.source,
         revision=checkpoint.revision,
         sha256=checkpoint.sha256,
@@ -82,11 +101,11 @@ def _export_into(folder: Path, source: str, revision: str | None, precision: str
         sizes=sizes,
         banned_grounding_phrases=checkpoint.banned_grounding_phrases,
         tools=_tools(),
-        files={path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-        parity=asdict(comparison.parity),
+        files={
+            path.relative_to(folder).as_posix(): sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()
+        },
+        parity=parity,
     )
-    manifest.write(folder)
-    return manifest
 
 
 def sizes_of(checkpoint: Checkpoint) -> Sizes:
@@ -124,16 +143,20 @@ def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Pat
     write_onnx(module, graph.signature(sizes), folder / f"{graph.name}.onnx", precision, external_data=has_weights)
 
 
-def _existing(output: Path) -> Manifest | None:
-    """The export that `output` holds. Refuses to replace a folder that is something else."""
+def done_already(
+    output: Path, source: str, revision: str | None, precision: str, name: str = FILE_NAME
+) -> Manifest | None:
+    """The manifest, called `name`, of what `output` holds, if that is what would be made now. Refuses to replace a
+    folder that is something else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
-    if not (output / FILE_NAME).is_file():
+    if not (output / name).is_file():
         raise ValueError(f"{output} exists and is not an export; give another --output, or remove it")
     try:
-        return Manifest.read(output)
+        done = Manifest.read(output, name)
     except ValueError as error:
         raise ValueError(f"{error}; give another --output, or remove {output}") from None
+    return done if _unchanged(done, output, open_source(source, revision).sha256(), precision) else None
 
 
 def _unchanged(done: Manifest, output: Path, sha256: str, precision: str) -> bool:

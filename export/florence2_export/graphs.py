@@ -27,13 +27,30 @@ CANDIDATES = 16
 end token), and num_beams goes up to 8. All of them can stem from one beam, so every beam gives that many."""
 
 
-class VisionEncoder(nn.Module):
-    """`pixels` u8 [B, H, W, 3], resized, RGB -> `image_features` f32 [B, N, D]."""
+class ImageEncoder(nn.Module):
+    """`pixel_values` f32 [B, 3, H, W], normalised -> `image_features` f32 [B, N, D]."""
 
-    def __init__(self, model: Any, preprocessor: dict[str, Any]) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.vision_tower = model.model.vision_tower
         self.projector = model.model.multi_modal_projector
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        hidden = pixel_values.to(_dtype(self))
+        # Not vision_tower(...): its decorators record outputs, which torch.export can't follow.
+        for conv, blocks in zip(self.vision_tower.convs, self.vision_tower.blocks, strict=True):
+            hidden = conv(hidden)
+            for block in blocks:
+                hidden = _vision_block(block.spatial_block, block.spatial_block.window_attn, _attend_windows, hidden)
+                hidden = _vision_block(block.channel_block, block.channel_block.channel_attn, _attend_channels, hidden)
+        return self.projector(hidden).float()
+
+
+class VisionEncoder(ImageEncoder):
+    """`pixels` u8 [B, H, W, 3], resized, RGB -> `image_features` f32 [B, N, D]."""
+
+    def __init__(self, model: Any, preprocessor: dict[str, Any]) -> None:
+        super().__init__(model)
         # (x * rescale - mean) / std as one multiply and one add per channel.
         rescale, mean, std = (preprocessor[name] for name in ("rescale_factor", "image_mean", "image_std"))
         # No buffers: they stay float32 when the weights become half.
@@ -43,14 +60,7 @@ class VisionEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         # First of all a cast: TensorRT takes u8 as an input, and for nothing else.
         normalised = pixels.to(torch.float32) * self.scale + self.shift
-        hidden = normalised.permute(0, 3, 1, 2).to(_dtype(self))
-        # Not vision_tower(...): its decorators record outputs, which torch.export can't follow.
-        for conv, blocks in zip(self.vision_tower.convs, self.vision_tower.blocks, strict=True):
-            hidden = conv(hidden)
-            for block in blocks:
-                hidden = _vision_block(block.spatial_block, block.spatial_block.window_attn, _attend_windows, hidden)
-                hidden = _vision_block(block.channel_block, block.channel_block.channel_attn, _attend_channels, hidden)
-        return self.projector(hidden).float()
+        return super().forward(normalised.permute(0, 3, 1, 2))
 
 
 def _vision_block(block: Any, attention: Any, attend: Callable[..., Tensor], hidden: Tensor) -> Tensor:
@@ -110,25 +120,31 @@ class Encoder(nn.Module):
         image_mask = attention_mask.new_ones(image_features.shape[:2])
         mask = torch.cat([image_mask, attention_mask], dim=1)
         embedded = torch.cat([image_features.to(_dtype(self)), encoder.embed_tokens(input_ids)], dim=1)
-        # Padding may reach past the last position.
-        positions = torch.arange(embedded.shape[1]).clamp(max=encoder.config.max_position_embeddings - 1)
-        hidden = encoder.layernorm_embedding(embedded + _positions(encoder, positions))
-        bias = _bias(mask[:, None, None, :] != 0, hidden.dtype)
-        for layer in encoder.layers:
-            attention = layer.self_attn
-            query, key, value = (
-                _split(projection(hidden), attention.num_heads)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            attended = attention.out_proj(_attend(query * attention.scaling, key, value, bias))
-            hidden = layer.self_attn_layer_norm(hidden + attended)
-            hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
+        hidden = _encode(encoder, embedded, mask)
         caches = []
         cross: Any = self.cross
         for attention in cross:
             caches.append(_split(attention.k_proj(hidden), attention.num_heads))
             caches.append(_split(attention.v_proj(hidden), attention.num_heads))
         return [*caches, mask]
+
+
+def _encode(encoder: Any, embedded: Tensor, mask: Tensor) -> Tensor:
+    """The text encoder: `embedded` [B, S, D], `mask` i64 [B, S] -> its last hidden state [B, S, D]."""
+    # Padding may reach past the last position.
+    positions = torch.arange(embedded.shape[1]).clamp(max=encoder.config.max_position_embeddings - 1)
+    hidden = encoder.layernorm_embedding(embedded + _positions(encoder, positions))
+    bias = _bias(mask[:, None, None, :] != 0, hidden.dtype)
+    for layer in encoder.layers:
+        attention = layer.self_attn
+        query, key, value = (
+            _split(projection(hidden), attention.num_heads)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        attended = attention.out_proj(_attend(query * attention.scaling, key, value, bias))
+        hidden = layer.self_attn_layer_norm(hidden + attended)
+        hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
+    return hidden
 
 
 class Decoder(nn.Module):

@@ -14,6 +14,7 @@ from onnx import ModelProto, TensorProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.onnx_model import ONNXModel
 from torch import nn
+from torch.onnx import ONNXProgram
 
 OPSET = 20
 """The first with Gelu as one operator; TensorRT 10 and Triton's ONNX Runtime read it."""
@@ -35,10 +36,12 @@ class Signature:
 
 def write_onnx(module: nn.Module, signature: Signature, path: Path, precision: str, external_data: bool) -> None:
     """`external_data`: weights in PATH.data beside the graph, else in the graph's own file, which ends at 2 GB."""
-    dtype = torch.float32
-    if precision == "fp16":
-        # A copy: the checkpoint's own weights are what the graphs are compared with.
-        module, dtype = copy.deepcopy(module).half(), torch.float16
+    save(trace(module, signature, precision == "fp16"), path, precision, external_data)
+
+
+def trace(module: nn.Module, signature: Signature, half: bool) -> ONNXProgram:
+    # A copy: the checkpoint's own weights are what the graphs are compared with.
+    module, dtype = (copy.deepcopy(module).half(), torch.float16) if half else (module, torch.float32)
     with quiet("torch.onnx"):
         program = torch.onnx.export(
             module.eval(),
@@ -51,6 +54,11 @@ def write_onnx(module: nn.Module, signature: Signature, path: Path, precision: s
             verbose=False,
         )
     assert program is not None
+    return program
+
+
+def save(program: ONNXProgram, path: Path, precision: str, external_data: bool) -> None:
+    """`program`: traced in half for fp16, else not."""
     if precision == "int8":
         _quantize(program.model_proto, path, external_data)
     else:
