@@ -6,8 +6,8 @@ MultiHeadAttention is no more than 4% faster on a CPU, and slower beside int8 we
 
 In half precision the same modules hold half weights. ONNX's LayerNormalization computes in float32 inside
 (`stash_type` 1): done in half, it destroys the late blocks of a trained vision encoder. Softmax in half adds no drift
-(benchmarks/precision.md). Log-softmax is float32; so are pictures, image features and log-probabilities, which leave the
-process: no model's config.pbtxt depends on the precision of a release.
+(benchmarks/precision.md). Log-softmax is float32; so are pictures, image features and log-probabilities, which leave
+the process: no model's config.pbtxt depends on the precision of a release.
 """
 
 from collections.abc import Callable

@@ -24,9 +24,8 @@ from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Sizes
 from florence2.prompts import PromptEncoder
 from florence2_export.checkpoint import Checkpoint
+from florence2_export.tolerance import TOLERANCE
 
-TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "int8": 0.2}
-"""Largest difference allowed in a graph's output, relative to the output's largest value, by precision."""
 AGREEMENT = {"fp32": 0.9, "fp16": 0.5, "int8": 0.0}
 """Share of whole generations that must have the checkpoint's token ids. Less than one: a near tie between two tokens
 may fall either way when sums are rounded in another order, and more often in fp16. int8 gives answers of its own:
