@@ -69,7 +69,7 @@ def _gpu() -> str:
 
 def _plan(trt: Any, graph: Path, manifest: Manifest, scratch: Path) -> bytes:
     given = scratch / GRAPH
-    onnx.save(norms_in_float(onnx.load(graph)), given, save_as_external_data=True, location=f"{GRAPH}.data")
+    onnx.save(for_tensorrt(onnx.load(graph)), given, save_as_external_data=True, location=f"{GRAPH}.data")
     logger = trt.Logger(trt.Logger.WARNING)
     builder = trt.Builder(logger)
     # Types are the graph's own: the only way from TensorRT 11 on, a flag in 10.
@@ -93,9 +93,12 @@ def _plan(trt: Any, graph: Path, manifest: Manifest, scratch: Path) -> bytes:
     return bytes(plan)
 
 
-def norms_in_float(model: ModelProto) -> ModelProto:
-    """LayerNormalization between casts, where its tensors are half: what `stash_type` asks for, spelled out, as not
-    every TensorRT computes it in float32 inside (benchmarks/precision.md has what half would do)."""
+def for_tensorrt(model: ModelProto) -> ModelProto:
+    """The same graph, as TensorRT takes it.
+
+    LayerNormalization stands between casts where its tensors are half: what `stash_type` asks for, spelled out, as not
+    every TensorRT computes it in float32 inside (benchmarks/precision.md has what half would do). And u8 pixels are
+    cast, the one thing that may be done with them, before anyone asks for their shape."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
     for node in model.graph.node:
@@ -116,7 +119,12 @@ def norms_in_float(model: ModelProto) -> ModelProto:
             node.input[position] = wide
         nodes.append(node)
         nodes.append(helper.make_node("Cast", [f"{out}.float"], [out], to=TensorProto.FLOAT16))
-    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    pixels = model.graph.input[0].name
+    cast = next(node for node in nodes if node.op_type == "Cast" and node.input[0] == pixels)
+    nodes.remove(cast)
+    for node in nodes:
+        node.input[:] = [cast.output[0] if name == pixels else name for name in node.input]
+    ordered = [onnx.NodeProto.FromString(node.SerializeToString()) for node in (cast, *nodes)]
     del model.graph.node[:]
     model.graph.node.extend(ordered)
     del model.graph.value_info[:]

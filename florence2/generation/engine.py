@@ -42,6 +42,8 @@ COUNTERS = {
     "florence2_tokens_total": "Tokens decoded: one per step of every request, whatever its beams",
     "florence2_encoder_seconds_total": "Time in the encoder graph",
     "florence2_decoder_seconds_total": "Time in the decoder graph",
+    "florence2_first_tokens_total": "Requests that got their first token",
+    "florence2_first_token_seconds_total": "Time from a request's arrival at the engine to its first token",
 }
 GAUGES = {
     "florence2_requests_running": "Requests that share the steps",
@@ -61,6 +63,8 @@ class Counters:
     tokens: int = 0
     encoder_seconds: float = 0.0
     decoder_seconds: float = 0.0
+    first_tokens: int = 0
+    first_token_seconds: float = 0.0
 
 
 class Engine:
@@ -79,6 +83,7 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise Unavailable(self._closed)
+            request.submitted = time.perf_counter()
             self.scheduler.add(request)
             self._changed.notify()
 
@@ -136,14 +141,18 @@ class Engine:
         if not running:
             return
         started = time.perf_counter()
+        first = [request for request in running if request.search.length == 1]
         try:
             candidates = self.runner.decode(running)
         except Exception as error:
             self._fail(running, error)
             return
+        now = time.perf_counter()
         self.counters.steps += 1
         self.counters.tokens += len(running)
-        self.counters.decoder_seconds += time.perf_counter() - started
+        self.counters.decoder_seconds += now - started
+        self.counters.first_tokens += len(first)
+        self.counters.first_token_seconds += sum(now - request.submitted for request in first)
         for request, found in zip(running, candidates, strict=True):
             self._advance(request, found)
 
@@ -216,6 +225,8 @@ class Engine:
             "florence2_tokens_total": now.tokens,
             "florence2_encoder_seconds_total": now.encoder_seconds,
             "florence2_decoder_seconds_total": now.decoder_seconds,
+            "florence2_first_tokens_total": now.first_tokens,
+            "florence2_first_token_seconds_total": now.first_token_seconds,
             "florence2_requests_running": len(self.scheduler.running),
             "florence2_requests_waiting": len(self.scheduler.waiting),
             "florence2_rows_used": used,

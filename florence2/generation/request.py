@@ -29,6 +29,8 @@ class Request:
     """On `time.monotonic`'s clock; past it the request is given up, waiting or running."""
     is_cancelled: Callable[[], bool] = lambda: False
     search: Selection = field(init=False)
+    submitted: float = field(init=False, default=0.0)
+    """When the engine got it, on `time.perf_counter`'s clock."""
 
     def __post_init__(self) -> None:
         self.search = start(self.settings)
