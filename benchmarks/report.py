@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 LOAD = os.getloadavg()[0]
@@ -18,6 +18,10 @@ class Table:
     def add(self, *row: str) -> None:
         self._rows.append(row)
 
+    @property
+    def last(self) -> str:
+        return " | ".join(self._rows[-1])
+
     def __str__(self) -> str:
         return "".join(f"| {' | '.join(row)} |\n" for row in self._rows)
 
@@ -27,7 +31,7 @@ def environment(*tools: str) -> str:
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next(line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name"))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    versions = ", ".join(f"{tool} {version(tool)}" for tool in (*TOOLS, *tools))
+    versions = ", ".join(f"{tool} {_version(tool)}" for tool in (*TOOLS, *tools))
     folder = Path(__file__).parent
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
     return (
@@ -35,3 +39,10 @@ def environment(*tools: str) -> str:
         f"{versions}; commit {commit.stdout.strip()}; {date.today().isoformat()}.\n"
         f"Load average before: {LOAD:.1f}; OMP_WAIT_POLICY: {os.environ.get('OMP_WAIT_POLICY', 'not set')}.\n"
     )
+
+
+def _version(tool: str) -> str:
+    try:
+        return version(tool)
+    except PackageNotFoundError:
+        return version(f"{tool}-gpu")

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 from tqdm import tqdm
 
 from florence2.generation.settings import GenerationSettings
@@ -22,7 +23,7 @@ from florence2_export.parity import Comparison
 from florence2_export.precision import OPSET, quiet, write_onnx
 from florence2_export.source import open_source
 
-PACKAGES = ("florence2-triton", "torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+PACKAGES = ("florence2-triton", "torch", "transformers", "onnx", "onnxscript")
 
 
 def export(source: str, output: Path, revision: str | None = None, precision: str = "fp32") -> Manifest:
@@ -169,4 +170,6 @@ def _unchanged(done: Manifest, output: Path, sha256: str, precision: str) -> boo
 def _tools() -> dict[str, str]:
     """What an export depends on beside its checkpoint: packages, and this exporter's own code."""
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    return {**{name: version(name) for name in PACKAGES}, "exporter": code.hexdigest()}
+    # By what it says itself: onnxruntime-gpu is another package with the same module.
+    found = {name: version(name) for name in PACKAGES} | {"onnxruntime": onnxruntime.__version__}
+    return {**found, "exporter": code.hexdigest()}
