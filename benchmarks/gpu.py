@@ -141,8 +141,8 @@ def served(url: str) -> Side:
 @contextmanager
 def triton(folder: Path, work: Path, profile: str) -> Iterator[Side]:
     with tempfile.TemporaryDirectory(dir=work) as repository:
-        install(folder, Path(repository))
-        with TritonServer(repository, model_config_name=profile) as server:
+        install(folder, Path(repository), profile=profile)
+        with TritonServer(repository) as server:
             server.wait_ready()
             yield served(server.grpc_url)
 

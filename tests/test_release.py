@@ -151,7 +151,7 @@ def test_a_number_is_never_used_again(export: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="releases to keep are counted from 0 on, not -1"):
         kept.prune(-1)
     assert [release.number for release in kept.prune(0)] == [1, 2]
-    assert sorted(path.name for path in (repository / "beam_search").iterdir()) == ["3", "config.pbtxt", "configs"]
+    assert sorted(path.name for path in (repository / "beam_search").iterdir()) == ["3", "config.pbtxt"]
     assert [kept.state(release) for release in kept.releases()] == ["replaced", "replaced", "live"]
     assert [kept.is_there(release) for release in kept.releases()] == [False, False, True]
     assert install(changed(export, tmp_path / "4", "decoder.onnx"), repository).number == 4
@@ -262,13 +262,7 @@ def test_what_a_kill_left_is_removed_and_what_is_older_than_records_is_not(expor
     (repository / "release-1.json").unlink()
     shutil.copytree(repository / "beam_search" / "2", repository / "beam_search" / "3")
     install(changed(export, tmp_path / "3", "vision_encoder.onnx.data"), repository)
-    assert sorted(path.name for path in (repository / "beam_search").iterdir()) == [
-        "1",
-        "2",
-        "3",
-        "config.pbtxt",
-        "configs",
-    ]
+    assert sorted(path.name for path in (repository / "beam_search").iterdir()) == ["1", "2", "3", "config.pbtxt"]
     assert (repository / "beam_search" / "3" / "decoder.onnx").read_text() == "decoder.onnx"
 
 

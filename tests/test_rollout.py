@@ -221,7 +221,7 @@ def test_what_is_worse_broken_or_not_what_it_says_is_refused(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from florence2_release import repository, triton
+from florence2_release import configs, repository, triton
 left = int(sys.argv[1])
 def counted(function):
     def call(*arguments, **options):
@@ -231,7 +231,7 @@ def counted(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
     return call
-repository.write_whole = counted(repository.write_whole)
+configs.write_whole = counted(configs.write_whole)
 repository._take = counted(repository._take)
 repository.shutil.rmtree = counted(repository.shutil.rmtree)
 triton.Triton._load = counted(triton.Triton._load)

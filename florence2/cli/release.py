@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--publish", metavar="COMMAND", help="brings REPO to where the server reads it, such as 'aws s3 sync ...'"
     )
     parser.add_argument("--metrics-url", metavar="URL", help="the server's metrics, for a gate with memory_gb")
+    parser.add_argument("--profile", help="what REPO is served with, as `florence2 serve` takes it; not with --url")
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="for what is merged and exported on the way; default REPO.work"
     )
@@ -45,10 +46,12 @@ def run(args: argparse.Namespace) -> int:
             if getattr(args, option):
                 raise ValueError(f"--{option.replace('_', '-')} says nothing without --url")
         prepared = prepare(args.source, work, _say)
-        release = install(prepared.export, args.repository, args.name, prepared.training)
+        release = install(prepared.export, args.repository, args.name, prepared.training, args.profile)
         _say(f"{args.repository}: release {release.number} installed; it is served from the next start on")
         _remove(prepared.scratch)
         return 0
+    if args.profile:
+        raise ValueError("--profile is for a server that starts; with --url one is running")
     from florence2_release.gate import load_gate
     from florence2_release.rollout import Rollout
     from florence2_release.triton import Triton

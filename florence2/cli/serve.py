@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on, default %(default)s")
     parser.add_argument(
         "--profile",
-        default="cpu",
-        help="each model's configs/PROFILE.pbtxt; cpu, the default, is config.pbtxt",
+        help="what the models are configured for: cpu, cuda, cuda-python, tensorrt, tensorrt-ep, or one of your own in "
+        "REPO/MODEL/configs; left out, what they are configured for already, cpu at first",
     )
     parser.add_argument(
         "--response-cache",
@@ -60,11 +60,10 @@ def run(args: argparse.Namespace) -> int:
         http_port=args.http_port,
         grpc_port=args.grpc_port,
         metrics_port=args.metrics_port,
-        model_config_name=args.profile,
         cache_size=args.response_cache and args.response_cache * 2**20,
     )
     watch = StubWatch(server, _say)
-    Repository(server.repository).tidy()
+    Repository(server.repository).tidy(args.profile)
     _stop_on_signals()
     try:
         server.start()

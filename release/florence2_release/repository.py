@@ -24,17 +24,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from florence2.manifest import FILE_NAME, Manifest, ModelSettings, sha256_of
+from florence2_release import configs
 
 logger = logging.getLogger(__name__)
 ENSEMBLE = "florence2"
 NEXT = "_next"
 """Behind the name of an ensemble: the release of it that is looked at."""
 _RECORD = re.compile(r"release-(\d+)\.json")
-_CONFIG = "config.pbtxt"
 
 OPTIONAL = {"vision_encoder": ("vision_encoder.plan",)}
 """What a version folder holds if the export has it: TensorRT's plan, made on the machine that serves."""
@@ -143,8 +142,8 @@ class Repository:
         return {step.model_name: step.model_version for step in config.ensemble_scheduling.step} if config else {}
 
     def config(self, model: str) -> ModelConfig | None:
-        path = self.folder / model / _CONFIG
-        return _parsed(path) if path.is_file() else None
+        path = self.folder / model / configs.FILE_NAME
+        return configs.parsed(path) if path.is_file() else None
 
     def releases(self) -> list[Release]:
         """All that have a record, oldest first."""
@@ -203,7 +202,7 @@ class Repository:
         try:
             for model in [model for model, version in models.items() if version == number]:
                 with _new_folder(self.folder / model / str(number)) as folder:
-                    _take(_shipped() / model / "1" / "model.py", folder / "model.py")
+                    _take(configs.shipped() / model / "1" / "model.py", folder / "model.py")
                     for file in files[model]:
                         if file == ModelSettings.FILE_NAME:
                             settings.write(folder)
@@ -231,7 +230,7 @@ class Repository:
                 shutil.rmtree(folder)
 
     def write(self, release: Release) -> None:
-        write_whole(self.file_of(release.number, "json"), json.dumps(asdict(release), indent=2) + "\n")
+        configs.write_whole(self.file_of(release.number, "json"), json.dumps(asdict(release), indent=2) + "\n")
 
     def offer(self, release: Release) -> None:
         """Makes it callable under its name with `_next`."""
@@ -242,18 +241,42 @@ class Repository:
         """No release of that name is looked at any more."""
         folder = self.folder / (name + NEXT)
         # First what Triton goes by: a kill must not leave a model without its version.
-        (folder / _CONFIG).unlink(missing_ok=True)
+        (folder / configs.FILE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def tidy(self) -> None:
-        """Before a server starts: it loads what clients get, not what was looked at when the last one ended."""
-        if self.ensembles() and os.access(self.folder, os.W_OK):
-            with contextlib.suppress(BlockingIOError), self.locked(wait=False):
-                for name in self.ensembles():
-                    if name.endswith(NEXT):
-                        self.withdraw(name.removesuffix(NEXT))
-                self.sweep()
-                self.settle()
+    def tidy(self, profile: str | None = None) -> None:
+        """Before a server starts: it loads what clients get, not what was looked at when the last one ended, and for
+        the `profile` that is named. Raises ValueError for one that is none, or that can't be written."""
+        if profile:
+            self.check_profile(profile)
+        if not self.ensembles():
+            return
+        if not os.access(self.folder, os.W_OK):
+            if profile not in (None, self.profile):
+                raise ValueError(
+                    f"{self.folder} is for the profile {self.profile} and can't be written: start the server once "
+                    f"where it can, or release with --profile {profile}"
+                )
+            return
+        with contextlib.suppress(BlockingIOError), self.locked(wait=False):
+            for name in self.ensembles():
+                if name.endswith(NEXT):
+                    self.withdraw(name.removesuffix(NEXT))
+            self.sweep()
+            self.settle(profile=profile)
+
+    @property
+    def profile(self) -> str:
+        """What the models are configured for."""
+        config = self.config("beam_search")
+        return configs.profile_of(config) if config else configs.CPU
+
+    def check_profile(self, profile: str) -> None:
+        """Raises ValueError for one that neither this package has nor the repository."""
+        known = {configs.CPU, *(path.stem for path in configs.shipped().glob("*/configs/*.pbtxt"))}
+        known |= {path.stem for path in self.folder.glob("*/configs/*.pbtxt")}
+        if profile not in known:
+            raise ValueError(f"there is no profile {profile!r}; there are {', '.join(sorted(known))}")
 
     def make_live(self, release: Release, standby: int | None) -> None:
         """From the next load of its ensemble on, or the next start, it is what clients get."""
@@ -265,12 +288,13 @@ class Repository:
         release.outcome = "live"
         self.write(release)
 
-    def settle(self, *also: Mapping[str, Collection[int] | int]) -> None:
-        """Writes the versions that are wanted into the models' configs, and `also` others."""
+    def settle(self, *also: Mapping[str, Collection[int] | int], profile: str | None = None) -> None:
+        """Writes the versions that are wanted into the models' configs, and `also` others. They stay of the profile
+        that they are of, if no other is named."""
         for model, versions in self.wanted().items():
             added = {version for one in also for version in _versions(one.get(model, ()))}
             if versions or added:
-                self._write_model(model, sorted({*versions, *added}))
+                configs.settle(self.folder / model, sorted({*versions, *added}), profile)
 
     def remove_models(self, release: Release) -> None:
         """Its models that no other release has. Its record stays: its number is never used again."""
@@ -327,7 +351,7 @@ class Repository:
         return None
 
     def _write_ensemble(self, name: str, release: Release) -> None:
-        config = _parsed(_shipped() / ENSEMBLE / _CONFIG)
+        config = configs.parsed(configs.shipped() / ENSEMBLE / configs.FILE_NAME)
         config.name = name
         config.version_policy.specific.versions[:] = [release.number]
         for step in config.ensemble_scheduling.step:
@@ -336,46 +360,30 @@ class Repository:
         version.mkdir(parents=True, exist_ok=True)
         # Object storage has no empty folders.
         (version / "release.txt").write_text(f"release-{release.number}.json\n")
-        _write_config(self.folder / name / _CONFIG, config)
-
-    def _write_model(self, model: str, versions: list[int]) -> None:
-        """Its config of every profile. Keeps what was set in those that are there: parameters, and instances; profiles
-        of somebody's own are kept whole."""
-        for name in sorted(_profiles(_shipped() / model) | _profiles(self.folder / model)):
-            path, shipped = self.folder / model / name, _shipped() / model / name
-            before = _parsed(path) if path.is_file() else None
-            config = _parsed(shipped if shipped.is_file() else path)
-            if before:
-                for key, parameter in before.parameters.items():
-                    if key in config.parameters:
-                        config.parameters[key].CopyFrom(parameter)
-                del config.instance_group[:]
-                config.instance_group.extend(before.instance_group)
-            config.version_policy.specific.versions[:] = versions
-            if config != before:
-                _write_config(path, config)
+        configs.write(self.folder / name / configs.FILE_NAME, config)
 
 
-def install(export: Path, folder: Path, name: str = ENSEMBLE, training: dict[str, Any] | None = None) -> Release:
-    """Adds the export as the next release and makes it what is served at the next start. The releases before it stay as
-    they are. Raises ValueError if `export` is not a whole export or `folder` is something else than a model repository
-    of ours."""
+def install(
+    export: Path,
+    folder: Path,
+    name: str = ENSEMBLE,
+    training: dict[str, Any] | None = None,
+    profile: str | None = None,
+) -> Release:
+    """Adds the export as the next release and makes it what is served at the next start, for the `profile` if one is
+    named. The releases before it stay as they are. Raises ValueError if `export` is not a whole export or `folder` is
+    something else than a model repository of ours."""
     check_name(name)
     _checked(export)
     repository = Repository(folder)
+    if profile:
+        repository.check_profile(profile)
     with repository.locked():
         repository.sweep()
         release = repository.add(export, name, training)
         repository.make_live(release, standby=None)
-        repository.settle()
+        repository.settle(profile=profile)
     return release
-
-
-def write_whole(path: Path, text: str) -> None:
-    """In place of what is there, or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text)
-    scratch.replace(path)
 
 
 def check_name(name: str) -> None:
@@ -389,16 +397,11 @@ def check_name(name: str) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether it is an ensemble of ours, or what a kill left of one."""
-    if (folder / _CONFIG).is_file():
-        return {step.model_name for step in _parsed(folder / _CONFIG).ensemble_scheduling.step} == set(FILES)
+    if (folder / configs.FILE_NAME).is_file():
+        return {step.model_name for step in configs.parsed(folder / configs.FILE_NAME).ensemble_scheduling.step} == set(
+            FILES
+        )
     return folder.is_dir() and all((entry / "release.txt").is_file() for entry in folder.iterdir())
-
-
-def _parsed(path: Path) -> ModelConfig:
-    try:
-        return text_format.Parse(path.read_text(), ModelConfig(), allow_unknown_field=True)
-    except text_format.ParseError as error:
-        raise ValueError(f"{path} can't be read ({error}); correct it") from None
 
 
 def _versions(given: Collection[int] | int) -> Collection[int]:
@@ -418,7 +421,10 @@ def _checked(export: Path) -> Manifest:
 
 
 def _hashes(model: str, export: Path, manifest: Manifest, settings: ModelSettings) -> dict[str, str]:
-    own = {"model.py": sha256_of(_shipped() / model / "1" / "model.py"), ModelSettings.FILE_NAME: settings.sha256()}
+    own = {
+        "model.py": sha256_of(configs.shipped() / model / "1" / "model.py"),
+        ModelSettings.FILE_NAME: settings.sha256(),
+    }
     found = {name: own.get(name) or manifest.files[name] for name in ("model.py", *FILES[model])}
     optional = [name for name in OPTIONAL.get(model, ()) if (export / name).is_file()]
     return found | {name: sha256_of(export / name) for name in optional}
@@ -449,25 +455,3 @@ def _take(source: Path, target: Path) -> None:
     """A copy, never a hard link: a link more or less changes the file's ctime, and Triton (24.10) then loads again what
     is serving, under which its python backend has crashed."""
     shutil.copyfile(source, target)
-
-
-def _shipped() -> Path:
-    """The model repository of this package: beside the code in a wheel, at the top of a clone."""
-    for folder in (
-        Path(__file__).parent / "model_repository",
-        Path(__file__).parents[2] / "model_repository",
-    ):
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError("florence2-triton is installed without its model_repository; install it again")
-
-
-def _profiles(folder: Path) -> set[str]:
-    """Configs of a model: config.pbtxt, which is the profile cpu's, and configs/PROFILE.pbtxt."""
-    return {_CONFIG, *(f"configs/{path.name}" for path in folder.glob("configs/*.pbtxt"))}
-
-
-def _write_config(path: Path, config: ModelConfig) -> None:
-    """In one rename, so that Triton never reads half a file."""
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, text_format.MessageToString(config))

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from florence2_release import keeper
+from florence2_release.configs import parsed
 from florence2_release.installation import (
     Installation,
     ServerError,
@@ -42,7 +43,6 @@ class TritonServer:
 
     host: the IPv4 address it listens on. Whoever reaches it can load models, that is, run code.
     http_port, grpc_port, metrics_port: 0 picks a free one; the attributes tell which after `start`.
-    model_config_name: the profile, `<model>/configs/<name>.pbtxt`; "cpu" is each model's plain config.pbtxt.
     log: where the server's output goes; by default a file that goes with `stop` (`log_text` still has it).
     cache_size: bytes of the response cache; None for none.
     drain_seconds: how long `stop` lets requests in flight finish.
@@ -56,7 +56,6 @@ class TritonServer:
         http_port: int = 0,
         grpc_port: int = 0,
         metrics_port: int = 0,
-        model_config_name: str = "cpu",
         log: str | os.PathLike[str] | None = None,
         cache_size: int | None = None,
         drain_seconds: int = 30,
@@ -64,7 +63,6 @@ class TritonServer:
         self.repository = Path(repository).absolute()
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
-        self.model_config_name = model_config_name
         self.log_path = Path(log).absolute() if log else None
         self.cache_size = cache_size
         self.drain_seconds = drain_seconds
@@ -104,8 +102,10 @@ class TritonServer:
         """Starts the process; `wait_ready` waits for the models. ServerError for what can be told before."""
         if self.is_alive():
             raise ServerError(f"this server runs already (process {self.pid})")
-        _check_repository(self.repository, self.model_config_name)
+        _check_repository(self.repository)
         self.installation = find_tritonserver()
+        if self.installation.wheel:
+            _check_backends(self.repository)
         address = ipv4(self.host)
         with contextlib.ExitStack() as ports, contextlib.ExitStack() as on_failure:
             self._choose_ports(address, ports)
@@ -175,8 +175,6 @@ class TritonServer:
             # What a killed stub leaves in /dev/shm is found by its name.
             "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         }
-        if self.model_config_name != "cpu":
-            options["model-config-name"] = self.model_config_name
         if self.cache_size is not None:
             options["cache-config"] = f"local,size={self.cache_size}"
         if self.installation.wheel:
@@ -283,13 +281,22 @@ def _bind(address: str, port: int, what: str) -> socket.socket:
     return holder
 
 
-def _check_repository(repository: Path, profile: str) -> None:
+def _check_repository(repository: Path) -> None:
     if not repository.is_dir():
         raise ServerError(f"there is no model repository at {repository}: make one with `florence2 release`")
     if not any((folder / "config.pbtxt").is_file() for folder in repository.iterdir()):
         raise ServerError(
             f"no model in {repository}: install one with `florence2 release DIR --repository {repository}`"
         )
-    # Triton falls back to config.pbtxt without a word.
-    if profile != "cpu" and not any(repository.glob(f"*/configs/{profile}.pbtxt")):
-        raise ServerError(f"no model in {repository} has a profile {profile!r}; cpu is what every model has")
+
+
+def _check_backends(repository: Path) -> None:
+    """Of the wheel's server, which has the python backend alone."""
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        config = parsed(path)
+        needed = config.backend or config.platform
+        if needed not in ("python", "ensemble"):
+            raise ServerError(
+                f"{path} is for Triton's backend {needed!r}, which nvidia-pytriton's server lacks: serve in NVIDIA's "
+                "image (docker/README.md), or with --profile cuda-python"
+            )
