@@ -20,7 +20,9 @@ RUN pip install --no-deps --no-build-isolation .
 FROM nvcr.io/nvidia/tritonserver:${TRITON}
 COPY --from=build /opt/florence2 /opt/florence2
 # 1000 is NVIDIA's triton-server, which has no home. /cache is its home and keeps what a GPU's first start compiles.
-RUN install --directory --owner=1000 --group=1000 /models /cache
+# ONNX Runtime's TensorRT engines go to where the profile tensorrt-ep and tensorrt keep them.
+RUN install --directory --owner=1000 --group=1000 /models /cache /cache/tensorrt \
+    && ln -s /cache/tensorrt /tmp/florence2-tensorrt
 # A __pycache__ beside a model.py would count as a change of the model.
 ENV PATH=/opt/florence2/bin:$PATH \
     HOME=/cache \

@@ -180,7 +180,7 @@ def test_without_a_gpu_the_server_says_so(repository: Path) -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU")
     Repository(repository).tidy("cuda-python")
-    with TritonServer(repository) as server, pytest.raises(ServerError, match="beam_search .* no GPUs are available"):
+    with TritonServer(repository) as server, pytest.raises(ServerError, match=r"beam_search .* no GPUs are available"):
         server.wait_ready()
 
 

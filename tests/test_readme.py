@@ -1,6 +1,7 @@
 """The README's commands, run as they stand: only names of files, the hub id and the ports are replaced."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_release.installation import ServerError, find_tritonserver
-from florence2_release.repository import install
+from florence2_release.repository import Repository, install
 from florence2_release.server import TritonServer
+
+from florence2 import cli
 
 README = (ROOT / "README.md").read_text()
 TRAINING = (ROOT / "training" / "README.md").read_text()
@@ -68,7 +71,7 @@ def test_make_targets_exist() -> None:
 
 
 def test_from_a_checkpoint_to_a_repository(room: Path) -> None:
-    code = blocks("bash", "florence2 export")
+    code = blocks("bash", "florence2 export microsoft/Florence-2-base-ft")
     code = code.replace("microsoft/Florence-2-base-ft", str(DEMO_CHECKPOINT))
     lines = code.splitlines()
     # The installation is this environment; a server that runs until stopped has tests of its own.
@@ -79,6 +82,29 @@ def test_from_a_checkpoint_to_a_repository(room: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (room / "exports" / "base-ft" / "manifest.json").is_file()
     assert (room / "models" / "florence2" / "config.pbtxt").is_file()
+
+
+def test_for_a_gpu(room: Path) -> None:
+    export, release, serve = blocks("bash", "--precision fp16").splitlines()
+    export = export.replace("microsoft/Florence-2-large-ft", str(DEMO_CHECKPOINT))
+    done = shell(f"{export}\n{release}", room)
+    assert done.returncode == 0, done.stderr
+    arguments = cli.parser().parse_args(shlex.split(serve)[1:])
+    Repository(room / "models").tidy(arguments.profile)
+    assert Repository(room / "models").profile == "cuda"
+    section = README[README.index("## On a GPU") :]
+    profiles = {path.stem for path in (ROOT / "model_repository").glob("*/configs/*.pbtxt")}
+    assert set(re.findall(r"^\| `([a-z-]+)` \|", section, re.MULTILINE)) == {"cpu", *profiles}
+
+
+@pytest.mark.parametrize("page", ["export/README.md", "docker/README.md"])
+def test_commands_of_other_pages_have_the_arguments_they_give(page: str) -> None:
+    """What they do, other tests do; some take a GPU, an image, or a checkpoint from the hub."""
+    found = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    commands = re.findall(r"(?:^|florence2-triton(?: \\\n)? +)florence2 ([^#\n]*)", "\n".join(found), re.MULTILINE)
+    assert len(commands) > 2
+    for command in commands:
+        cli.parser().parse_args(shlex.split(command))
 
 
 @pytest.mark.server
@@ -115,7 +141,8 @@ def test_metrics(room: Path, server: TritonServer) -> None:
 
 
 def test_parameters_are_those_of_the_configs() -> None:
-    for line in re.findall(r"^\| (`[a-z_`, ]+`) \| .*$", README, re.MULTILINE):
+    section = README[README.index("## Under load") : README.index("## On a GPU")]
+    for line in re.findall(r"^\| (`[a-z_`, ]+`) \| .*$", section, re.MULTILINE):
         for name in re.findall(r"`([a-z_]+)`", line):
             configs = (path.read_text() for path in (ROOT / "model_repository").glob("*/config.pbtxt"))
             assert any(f'"{name}"' in config for config in configs), name

@@ -12,13 +12,13 @@ COMMANDS = ("export", "tensorrt", "release", "rollback", "releases", "serve", "a
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 only when all was done; errors go to stderr as one line that says what to do."""
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    arguments = parser()
+    args, rest = arguments.parse_known_args(argv)
     if all("=" in one and not one.startswith("-") for one in rest) and hasattr(args, "settings"):
         # argparse takes positional arguments in one place only.
         args.settings += rest
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.error(f"unrecognized arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     try:
         return args.run(args)
@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="florence2", description="Florence-2 on Triton: export, release, serve, ask.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    made = argparse.ArgumentParser(prog="florence2", description="Florence-2 on Triton: export, release, serve, ask.")
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = importlib.import_module(f"florence2.cli.{name}")
         help_text = (module.__doc__ or "").strip().splitlines()[0]
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, extra=getattr(module, "EXTRA", "serve"))
-    return parser
+    return made
 
 
 def _report(args: argparse.Namespace, message: str) -> None:
