@@ -1,4 +1,4 @@
-"""A checkpoint -> an export folder: three ONNX graphs, the settings they need, and `manifest.json`."""
+"""A checkpoint -> an export folder: ONNX graphs, the settings they need, and `manifest.json`."""
 
 import contextlib
 import hashlib

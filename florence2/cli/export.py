@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help="the export folder; default exports/NAME, and exports/NAME-transformers.js",
+        help="the export folder; default exports/NAME, NAME-fp16, NAME-int8 or NAME-transformers.js",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -36,13 +36,15 @@ def run(args: argparse.Namespace) -> int:
                 "--layout transformers.js writes fp32, fp16 and 8-bit files at once; leave --precision out"
             )
         return _for_javascript(args, args.output or Path("exports") / f"{name}-transformers.js")
-    return _for_triton(args, args.output or Path("exports") / name)
+    precision = args.precision or "fp32"
+    default = name if precision == "fp32" else f"{name}-{precision}"
+    return _for_triton(args, args.output or Path("exports") / default, precision)
 
 
-def _for_triton(args: argparse.Namespace, output: Path) -> int:
+def _for_triton(args: argparse.Namespace, output: Path, precision: str) -> int:
     from florence2_export.export import export
 
-    manifest = export(args.checkpoint, output, args.revision, args.precision or "fp32")
+    manifest = export(args.checkpoint, output, args.revision, precision)
     parity = manifest.parity
     worst = max(figures["relative"] for figures in parity["graphs"].values())
     print(
