@@ -120,7 +120,6 @@ class InProcess:
                 found[index] = answer
 
             self.engine.submit(Request(features, self._prompt, settings, respond))
-            self.engine.step()
         self.engine.finish()
         answers = [found[index] for index in range(len(files))]
         return [answer.token_ids.tolist() for answer in answers if isinstance(answer, Generation)]
@@ -143,7 +142,8 @@ def triton(folder: Path, work: Path, profile: str) -> Iterator[Side]:
     with tempfile.TemporaryDirectory(dir=work) as repository:
         install(folder, Path(repository), profile=profile)
         with TritonServer(repository) as server:
-            server.wait_ready()
+            # TensorRT may build engines.
+            server.wait_ready(timeout=1800)
             yield served(server.grpc_url)
 
 

@@ -93,21 +93,23 @@ class Responder:
 
 
 class Worker:
-    """A thread that answers one request after the other, with a bounded list of those that wait.
+    """Threads that answer one request after the other each, with a bounded list of those that wait.
 
     Not Triton's own queue policy: with one and with batches of 1, the dynamic batcher misses that an instance became
     idle and sleeps for up to half a second (core, `DynamicBatchScheduler::WaitForPayloadSlotAvailable`): 64 requests at
     once took 6 s instead of 0.5.
     """
 
-    def __init__(self, answer: Callable[[Tensors], Tensors], given: Mapping[str, str]) -> None:
-        """`given`: the model's parameters, of which max_waiting and timeout_seconds are read."""
+    def __init__(self, answer: Callable[[Tensors], Tensors], given: Mapping[str, str], at_once: int = 1) -> None:
+        """`given`: the model's parameters, of which max_waiting and timeout_seconds are read. `at_once` requests are
+        answered at the same time."""
         self._answer = answer
         self._timeout = float(given["timeout_seconds"])
         max_waiting = at_least_one(given, "max_waiting")
         self._waiting: Queue[tuple[dict[str, NDArray[Any]], Responder, float] | None] = Queue(max_waiting)
-        self._thread = Thread(target=self._run, name="worker", daemon=True)
-        self._thread.start()
+        self._threads = [Thread(target=self._run, name="worker", daemon=True) for _ in range(at_once)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, request: Any) -> None:
         """Never waits. A full list answers UNAVAILABLE."""
@@ -121,8 +123,10 @@ class Worker:
 
     def stop(self) -> None:
         """After those that wait."""
-        self._waiting.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         while item := self._waiting.get():

@@ -39,10 +39,11 @@ class ImageEncoder(nn.Module):
         hidden = pixel_values.to(_dtype(self))
         # Not vision_tower(...): its decorators record outputs, which torch.export can't follow.
         for conv, blocks in zip(self.vision_tower.convs, self.vision_tower.blocks, strict=True):
-            hidden = conv(hidden)
+            hidden = conv(hidden).permute(0, 2, 3, 1)
             for block in blocks:
                 hidden = _vision_block(block.spatial_block, block.spatial_block.window_attn, _attend_windows, hidden)
                 hidden = _vision_block(block.channel_block, block.channel_block.channel_attn, _attend_channels, hidden)
+            hidden = hidden.permute(0, 3, 1, 2)
         return self.projector(hidden).float()
 
 
@@ -64,20 +65,20 @@ class VisionEncoder(ImageEncoder):
 
 
 def _vision_block(block: Any, attention: Any, attend: Callable[..., Tensor], hidden: Tensor) -> Tensor:
-    """Attention, then a feed-forward layer, each behind a depthwise convolution. `hidden` [B, C, H, W]."""
-    hidden = (block.conv1(hidden) + hidden).permute(0, 2, 3, 1)
+    """Attention, then a feed-forward layer, each behind a depthwise convolution. `hidden` [B, H, W, C]."""
+    # Channels go first around the convolutions alone: ONNX Runtime makes that part of its own rearranging for them.
+    hidden = hidden + block.conv1(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     hidden = hidden + attend(attention, block.norm1(hidden))
-    hidden = hidden.permute(0, 3, 1, 2)
-    hidden = (block.conv2(hidden) + hidden).permute(0, 2, 3, 1)
-    hidden = hidden + block.ffn(block.norm2(hidden))
-    return hidden.permute(0, 3, 1, 2)
+    hidden = hidden + block.conv2(hidden.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return hidden + block.ffn(block.norm2(hidden))
 
 
 def _attend_windows(attention: Any, hidden: Tensor) -> Tensor:
     """Every head in every window for itself. `hidden` [B, H, W, C]."""
     batch, height, width, channels = hidden.shape
     side, heads = attention.window_size, attention.num_heads
-    hidden = nn.functional.pad(hidden, (0, 0, 0, -width % side, 0, -height % side))
+    if height % side or width % side:
+        hidden = nn.functional.pad(hidden, (0, 0, 0, -width % side, 0, -height % side))
     rows, columns = hidden.shape[1] // side, hidden.shape[2] // side
     # HF cuts the windows first; linear layers do not mind, and each tensor is rearranged once instead of twice.
     split = (batch, rows, side, columns, side, heads, channels // heads)
@@ -134,7 +135,7 @@ def _encode(encoder: Any, embedded: Tensor, mask: Tensor) -> Tensor:
     # Padding may reach past the last position.
     positions = torch.arange(embedded.shape[1]).clamp(max=encoder.config.max_position_embeddings - 1)
     hidden = encoder.layernorm_embedding(embedded + _positions(encoder, positions))
-    bias = _bias(mask[:, None, None, :] != 0, hidden.dtype)
+    bias = _bias(mask[:, None, None, :] > 0, hidden.dtype)
     for layer in encoder.layers:
         attention = layer.self_attn
         query, key, value = (
@@ -189,7 +190,7 @@ class Decoder(nn.Module):
         written = (changed[:, :1], heads, changed[:, 1:])
         hidden = decoder.layernorm_embedding(decoder.embed_tokens(input_ids) + _positions(decoder, positions))
         self_bias = _bias(torch.arange(past[0].shape[2]) <= positions[:, None, None, None], hidden.dtype)
-        cross_bias = _bias(encoder_attention_mask[:, None, None, :] != 0, hidden.dtype)
+        cross_bias = _bias(encoder_attention_mask[:, None, None, :] > 0, hidden.dtype)
         present = []
         for i, layer in enumerate(decoder.layers):
             attention = layer.self_attn

@@ -183,7 +183,7 @@ class CachedDecoder(nn.Module):
         positions = past_length + torch.arange(length)
         hidden = decoder.layernorm_embedding(inputs_embeds.to(_dtype(self)) + _positions(decoder, positions))
         self_bias = _bias(torch.arange(past_length + length) <= positions[:, None], hidden.dtype)
-        cross_bias = _bias(encoder_attention_mask[:, None, None, :] != 0, hidden.dtype)
+        cross_bias = _bias(encoder_attention_mask[:, None, None, :] > 0, hidden.dtype)
         present = []
         for i, layer in enumerate(decoder.layers):
             attention = layer.self_attn

@@ -4,6 +4,7 @@ Neither torch nor transformers: this runs in the server's image.
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import tempfile
@@ -31,6 +32,8 @@ def build(export: Path, cache: Path) -> Path:
     if manifest.precision not in ("fp32", "fp16"):
         raise ValueError(f"{export} is in {manifest.precision}, for CPUs; export with --precision fp16")
     trt, gpu = _tensorrt(), _gpu()
+    if not os.access(export, os.W_OK):
+        raise ValueError(f"{export} can't be written, where the plan is to go")
     made_of = [manifest.files[GRAPH], manifest.files[f"{GRAPH}.data"], trt.__version__, gpu, str(BATCH)]
     kept = cache / f"{hashlib.sha256(' '.join(made_of).encode()).hexdigest()[:32]}.plan"
     if not kept.is_file():
@@ -56,14 +59,19 @@ def _tensorrt() -> Any:
 
 
 def _gpu() -> str:
-    """Name and compute capability of the first one: a plan is for one kind of GPU only."""
+    """Name and compute capability of the one that is used: a plan is for one kind of GPU only."""
     command = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible:
+        command.append(f"--id={visible.split(',')[0]}")
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(
             f"no GPU here, as nvidia-smi says ({error}): a plan is built on the machine that serves"
         ) from None
+    if not found:
+        raise ValueError("no GPU here: a plan is built on the machine that serves")
     return found[0]
 
 
@@ -150,6 +158,8 @@ def _run(trt: Any, plan: Path, inputs: Mapping[str, np.ndarray], shape: tuple[in
     from onnxruntime import OrtValue
 
     engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(plan.read_bytes())
+    if engine is None:
+        raise ValueError(f"TensorRT {trt.__version__} can't load the plan it built; its messages are above")
     context = engine.create_execution_context()
     held = {name: OrtValue.ortvalue_from_numpy(value, "cuda") for name, value in inputs.items()}
     for name, value in held.items():
@@ -158,5 +168,6 @@ def _run(trt: Any, plan: Path, inputs: Mapping[str, np.ndarray], shape: tuple[in
     output = OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cuda")
     context.set_tensor_address("image_features", output.data_ptr())
     # The default stream, which the copy back to the host waits for.
-    context.execute_async_v3(0)
+    if not context.execute_async_v3(0):
+        raise ValueError(f"TensorRT {trt.__version__} can't run the plan it built; its messages are above")
     return output.numpy()

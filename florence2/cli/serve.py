@@ -4,6 +4,7 @@ import argparse
 import http.client
 import ipaddress
 import json
+import math
 import os
 import signal
 import sys
@@ -70,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         if args.verbose:
             threading.Thread(target=_follow_log, args=(server,), daemon=True).start()
         _warn_of_open_wheel(server)
-        server.wait_ready(progress=_say)
+        # As long as it takes: TensorRT builds engines at the first start.
+        server.wait_ready(timeout=math.inf, progress=_say)
         _say(_endpoints(server))
         watch.start()
         code = server.wait()

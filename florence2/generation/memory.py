@@ -65,6 +65,8 @@ class Cache:
         target: "OrtValue | None",
     ) -> "OrtValue":
         """`rows` and the `kept` columns of what lies at `pointer`, written to `target`, else to memory of its own."""
+        from onnxruntime import RunOptions
+
         binding = self._relayout.io_binding()
         shape = (count, self._heads, columns, self._head_dim)
         binding.bind_input("cache", self._device, 0, self._dtype, shape, pointer)
@@ -75,7 +77,11 @@ class Cache:
         else:
             shape = (len(rows), self._heads, len(kept), self._head_dim)
             binding.bind_output("relaid", self._device, 0, self._dtype, shape, target.data_ptr())
-        self._relayout.run_with_iobinding(binding)
+        options = RunOptions()
+        if self._device != "cpu":
+            # Copies of many sizes would each leave a piece of memory of that size behind.
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+        self._relayout.run_with_iobinding(binding, options)
         return binding.get_outputs()[0]
 
     def bind(self, binding: "IOBinding", rows: int, *, first: int = 0, input: str = "", output: str = "") -> None:

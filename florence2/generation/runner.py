@@ -8,6 +8,7 @@ all.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,10 +49,14 @@ class GraphRunner:
         encoder_options: Options | None = None,
     ) -> None:
         """`provider`: as in `sessions.PROVIDERS`. TensorRT runs the encoder, with `encoder_options`; the decoder's
-        caches that change in place are CUDA's. `cuda_graphs`: how many are captured at most, fewer than STEPS."""
+        caches that change in place are CUDA's. `cuda_graphs`: how many are captured at most. Raises ValueError if they
+        are STEPS or more, and for caches that don't fit."""
         self._device = "cpu" if provider == "cpu" else "cuda"
         self._rounds = self._device != "cpu"
         self._encoder = session(folder / "encoder.onnx", provider, threads, encoder_options)
+        if cuda_graphs >= STEPS:
+            raise ValueError(f"cuda_graphs is {cuda_graphs}; at most {STEPS - 1} are kept")
+        self._without_graphs = partial(session, folder / "decoder.onnx", self._device, threads)
         self._decoder, self._graphs_left = _decoder_session(folder, self._device, threads, cuda_graphs)
         self._relayout = session(folder / "relayout.onnx", self._device, threads)
         self._encoding = self._encoder.io_binding()
@@ -134,7 +139,9 @@ class GraphRunner:
             **self._cross_attention(count),
         }
         step = self._step(feeds)
-        self._capture(step, feeds)
+        # A row that is moved from, and not one of the beams' any more, loses its first column to what runs before.
+        if not (moved_from[:, 0] >= len(rows)).any() and not self._capture(step, feeds):
+            step = self._step(feeds)
         step.run(self._decoder, feeds)
         ids, logprobs = (value.numpy() for value in step.candidates)
         return [(ids[rows], logprobs[rows]) for rows in self._rows.values()]
@@ -219,19 +226,29 @@ class GraphRunner:
         binding.bind_ortvalue_output("candidate_logprobs", logprobs)
         return Step(binding, inputs, (ids, logprobs))
 
-    def _capture(self, step: "Step", feeds: Mapping[str, Ids]) -> None:
-        """A CUDA graph of shapes that come again and again.
+    def _capture(self, step: "Step", feeds: Mapping[str, Ids]) -> bool:
+        """A CUDA graph of shapes that come again and again. False if that failed, and there are no graphs, and no bound
+        steps, from now on.
 
         ONNX Runtime takes the step twice while it captures one, and the entries that a step moves can only be moved
         once. So it is captured with nothing to move but an entry to its own place; what else that writes, the step
-        itself writes again."""
+        itself writes again, but for rows that are no beam's any more."""
         step.times += 1
         if not (self._graphs_left and step.graph < 0 and step.times > 2):
-            return
+            return True
         step.graph = self._graphs_left
         self._graphs_left -= 1
         still = np.zeros_like(feeds["moved_from"])
-        step.run(self._decoder, {**feeds, "moved_from": still, "moved_to": still})
+        try:
+            step.run(self._decoder, {**feeds, "moved_from": still, "moved_to": still})
+        except Exception as error:
+            # They are for speed alone: whoever serves should know, and go on. The session's stream may be stuck.
+            logger.warning("no more CUDA graphs: %s", error)
+            self._graphs_left = 0
+            self._steps.clear()
+            self._decoder = self._without_graphs()
+            return False
+        return True
 
     def _rounded(self, count: int, most: int) -> int:
         """On a GPU up to a power of two, which costs next to nothing there and makes shapes come again."""

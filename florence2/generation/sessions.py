@@ -44,11 +44,12 @@ def session(path: Path, provider: str = "cpu", threads: int = 0, options: Option
     # Triton runs several sessions on the same cores; threads that spin while idle would slow the others down.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers = [(first, {**own, **(options or {})}), *((name, dict(given)) for name, given in others)]
-    made = onnxruntime.InferenceSession(str(path), settings, providers=providers)
+    # Its own fallback would try again on the CPU, and hide why.
+    made = onnxruntime.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
     if first not in made.get_providers():
         raise ValueError(
-            f"{provider}: {first} could not be started on this machine (its log says why: no GPU, or CUDA, cuDNN or "
-            "TensorRT libraries of another version)"
+            f"{provider}: {first} could not be loaded on this machine (its log says why: CUDA, cuDNN or TensorRT "
+            "libraries are missing or of another version)"
         )
     return made
 

@@ -2,9 +2,11 @@
 
 import hashlib
 from collections import OrderedDict
+from concurrent.futures import Future
+from threading import Lock
 
 from florence2.generation.sessions import session
-from florence2.triton import Worker, parameters, version_folder
+from florence2.triton import Worker, at_least_one, parameters, version_folder
 
 
 class TritonPythonModel:
@@ -14,8 +16,8 @@ class TritonPythonModel:
             version_folder(args) / "vision_encoder.onnx", given["execution_provider"], int(given["threads"])
         )
         self.kept = int(given["recent_pictures"])
-        self.recent = OrderedDict()
-        self.worker = Worker(self.answer, given)
+        self.recent, self.lock = OrderedDict(), Lock()
+        self.worker = Worker(self.answer, given, at_least_one(given, "at_once"))
 
     def execute(self, requests):
         for request in requests:
@@ -26,14 +28,25 @@ class TritonPythonModel:
         # arrive while the first of them is computed would each be computed.
         pixels = inputs["pixels"]
         key = pixels.shape, hashlib.sha256(pixels).digest()
-        if key in self.recent:
-            self.recent.move_to_end(key)
-            return {"image_features": self.recent[key]}
-        ((features,),) = self.graph.run(None, {"pixels": pixels[None]})
-        self.recent[key] = features
-        if len(self.recent) > self.kept:
-            self.recent.popitem(last=False)
-        return {"image_features": features}
+        with self.lock:
+            features = self.recent.get(key)
+            if found := features is not None:
+                self.recent.move_to_end(key)
+            else:
+                features = self.recent[key] = Future()
+                if len(self.recent) > self.kept:
+                    self.recent.popitem(last=False)
+        if not found:
+            self.compute(pixels, key, features)
+        return {"image_features": features.result()}
+
+    def compute(self, pixels, key, features):
+        try:
+            features.set_result(self.graph.run(None, {"pixels": pixels[None]})[0][0])
+        except Exception as error:
+            with self.lock:
+                self.recent.pop(key, None)
+            features.set_exception(error)
 
     def finalize(self):
         self.worker.stop()
