@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 from conftest import ROOT
 from florence2_export import tensorrt
+from florence2_release import configs
 from florence2_release.repository import FILES, OPTIONAL, Repository, install
 from florence2_release.server import ServerError, TritonServer
 from google.protobuf import text_format
@@ -83,8 +84,9 @@ def test_files_are_those_that_a_release_has() -> None:
     assert max(spec.batch_size for spec in plan.optimization.cuda.graph_spec) == tensorrt.BATCH
 
 
-def test_one_engine_is_enough_where_a_profile_builds_it_itself() -> None:
-    assert config("vision_encoder", "tensorrt-ep").max_batch_size == 1
+@pytest.mark.parametrize(("profile", "same"), [("cuda-python", "cuda"), ("tensorrt-ep", "tensorrt")])
+def test_beam_search_is_the_same_whatever_runs_the_vision_encoder(profile: str, same: str) -> None:
+    assert config("beam_search", profile) == config("beam_search", same)
 
 
 @pytest.fixture
@@ -139,6 +141,61 @@ def test_a_release_stays_of_the_profile_and_touches_no_other_file(
     assert {path: path.stat().st_mtime_ns for path in repository.glob("*/configs/*")} == before
 
 
+def test_a_profile_that_a_kill_left_half_way_is_finished(repository: Path) -> None:
+    install_config = configs.settle
+    done: list[Path] = []
+
+    def killed(model: Path, *rest: object) -> None:
+        done.append(model)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        install_config(model, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(configs, "settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Repository(repository).tidy("cuda")
+    assert parsed(repository / "beam_search" / "config.pbtxt").instance_group[0].kind == ModelInstanceGroup.KIND_CPU
+    Repository(repository).tidy()
+    assert parsed(repository / "beam_search" / "config.pbtxt").instance_group[0].kind == ModelInstanceGroup.KIND_GPU
+
+
+def test_a_profile_does_not_change_under_a_server_or_another_command(repository: Path, demo_export: Path) -> None:
+    here = Repository(repository)
+    with here.served():
+        here.tidy()
+        here.tidy("cpu")
+        install(demo_export, repository)
+        with pytest.raises(ValueError, match=r"a server is running on .*; stop it to change the profile"):
+            here.tidy("cuda")
+        with pytest.raises(ValueError, match=r"a server is running on .*; stop it to change the profile"):
+            install(demo_export, repository, profile="cuda")
+    with here.locked(), pytest.raises(ValueError, match=r"another command is at work on .*; start again"):
+        Repository(repository).tidy("cuda")
+    assert here.profile == "cpu"
+
+
+@pytest.mark.parametrize("first", ["cpu", "cuda"])
+def test_a_profile_of_ones_own_is_taken_as_it_stands(repository: Path, first: str) -> None:
+    Repository(repository).tidy(first)
+    own = repository / "beam_search" / "configs" / "small.pbtxt"
+    own.parent.mkdir(exist_ok=True)
+    shutil.copy(MODELS / "beam_search" / "config.pbtxt", own)
+    change(own, rows="6", of_somebodys_own="1")
+    text = own.read_text()
+    Repository(repository).tidy("small")
+    found = given(parsed(repository / "beam_search" / "config.pbtxt"))
+    assert (found["rows"], found["of_somebodys_own"]) == ("6", "1")
+    # Models without a config for it take the plain one.
+    assert parsed(repository / "vision_encoder" / "config.pbtxt").backend == "python"
+    assert Repository(repository).profile == "small"
+    Repository(repository).tidy("cpu")
+    assert own.read_text() == text
+    own.write_text(text.replace('"6"', '"9"'))
+    Repository(repository).tidy("small")
+    assert rows(repository) == "9"
+
+
 def test_a_first_release_can_name_its_profile(demo_export: Path, tmp_path: Path) -> None:
     install(demo_export, tmp_path / "models", profile="cuda-python")
     assert given(parsed(tmp_path / "models" / "vision_encoder" / "config.pbtxt"))["execution_provider"] == "cuda"
@@ -180,7 +237,7 @@ def test_without_a_gpu_the_server_says_so(repository: Path) -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU")
     Repository(repository).tidy("cuda-python")
-    with TritonServer(repository) as server, pytest.raises(ServerError, match=r"beam_search .* no GPUs are available"):
+    with TritonServer(repository) as server, pytest.raises(ServerError, match=r"beam_search .* unsupported gpu id 0"):
         server.wait_ready()
 
 

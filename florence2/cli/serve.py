@@ -1,6 +1,7 @@
 """Start Triton on a model repository, wait until it is ready, and run until stopped."""
 
 import argparse
+import contextlib
 import http.client
 import ipaddress
 import json
@@ -64,9 +65,12 @@ def run(args: argparse.Namespace) -> int:
         cache_size=args.response_cache and args.response_cache * 2**20,
     )
     watch = StubWatch(server, _say)
-    Repository(server.repository).tidy(args.profile)
+    repository, serving = Repository(server.repository), contextlib.ExitStack()
+    repository.tidy(args.profile)
     _stop_on_signals()
     try:
+        if repository.ensembles():
+            serving.enter_context(repository.served())
         server.start()
         if args.verbose:
             threading.Thread(target=_follow_log, args=(server,), daemon=True).start()
@@ -91,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         watch.stop()
         server.stop()
+        serving.close()
 
 
 def _stop_on_signals() -> None:

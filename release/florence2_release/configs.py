@@ -3,7 +3,8 @@ load, and what was set there by hand.
 
 Triton's own --model-config-name is not for a repository that changes while it is served: where configs/PROFILE.pbtxt
 is written, Triton (24.10) takes the whole model for changed and loads all of its versions again, under traffic. So the
-profile's config is the model's config.pbtxt, and configs/ is touched only before a server starts.
+profile's config is the model's config.pbtxt, and configs/ is written only when the profile changes, with no server on
+the repository.
 """
 
 from collections.abc import Sequence
@@ -19,22 +20,28 @@ _PROFILE = "profile"
 
 
 def settle(model: Path, versions: Sequence[int], profile: str | None) -> None:
-    """Writes `model`'s config.pbtxt for these versions. Parameters and instances that were set in it stay, for every
-    profile apart: those of the one that is left wait in configs/."""
+    """Writes `model`'s config.pbtxt for these versions, of `profile`, or of the one that it is of already. A model that
+    has no config of that profile takes the plain one.
+
+    Of a profile that this package ships, what was set in config.pbtxt stays, as far as it is a parameter that ships, or
+    the instances; while another profile holds, it waits in configs/. A profile of somebody's own is configs/NAME.pbtxt
+    as it stands when it is named; nothing is written there."""
     path = model / FILE_NAME
     before = parsed(path) if path.is_file() else None
     current = profile_of(before) if before else CPU
-    wanted = profile or current
-    if not _has(model, wanted):
-        wanted = current
-    if before and wanted != current:
+    wanted = (profile if _has(model, profile) else CPU) if profile else current
+    kept, source = (_source(folder, wanted) for folder in (model, shipped() / model.name))
+    if before and wanted != current and _source(shipped() / model.name, current).is_file():
         write(model / "configs" / f"{current}.pbtxt", before)
-    if wanted != current:
-        kept = model / "configs" / f"{wanted}.pbtxt"
-        before = parsed(kept) if kept.is_file() else None
-    source = _source(shipped() / model.name, wanted)
     config = ModelConfig()
-    config.CopyFrom(parsed(source) if source.is_file() else before)
+    if not source.is_file():
+        config.CopyFrom(parsed(kept) if profile or not before else before)
+        before = None
+    else:
+        config.CopyFrom(parsed(source))
+        if wanted != current:
+            kept = model / "configs" / f"{wanted}.pbtxt"
+            before = parsed(kept) if kept.is_file() else None
     if before:
         for key, parameter in before.parameters.items():
             if key in config.parameters:
@@ -53,7 +60,7 @@ def profile_of(config: ModelConfig) -> str:
 
 
 def _has(model: Path, profile: str) -> bool:
-    """Whether this model differs in the profile at all."""
+    """Whether there is a config of this model for the profile."""
     return any(_source(folder, profile).is_file() for folder in (shipped() / model.name, model))
 
 

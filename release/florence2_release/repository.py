@@ -251,25 +251,51 @@ class Repository:
             self.check_profile(profile)
         if not self.ensembles():
             return
+        changes = profile not in (None, self.profile)
         if not os.access(self.folder, os.W_OK):
-            if profile not in (None, self.profile):
+            if changes:
                 raise ValueError(
                     f"{self.folder} is for the profile {self.profile} and can't be written: start the server once "
                     f"where it can, or release with --profile {profile}"
                 )
             return
-        with contextlib.suppress(BlockingIOError), self.locked(wait=False):
-            for name in self.ensembles():
-                if name.endswith(NEXT):
-                    self.withdraw(name.removesuffix(NEXT))
-            self.sweep()
-            self.settle(profile=profile)
+        try:
+            with self.locked(wait=False):
+                if changes:
+                    self.check_idle()
+                for name in self.ensembles():
+                    if name.endswith(NEXT):
+                        self.withdraw(name.removesuffix(NEXT))
+                self.sweep()
+                # Named even if it is what was there: a kill may have left models of two.
+                self.settle(profile=profile or self.profile)
+        except BlockingIOError:
+            if changes:
+                raise ValueError(f"another command is at work on {self.folder}; start again when it is done") from None
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[None]:
+        """While a server is on the repository."""
+        if not os.access(self.folder, os.W_OK):
+            yield
+            return
+        with (self.folder / ".serving").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    def check_idle(self) -> None:
+        """Raises ValueError while a server is on the repository."""
+        with (self.folder / ".serving").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"a server is running on {self.folder}; stop it to change the profile") from None
 
     @property
     def profile(self) -> str:
-        """What the models are configured for."""
-        config = self.config("beam_search")
-        return configs.profile_of(config) if config else configs.CPU
+        """What the models are configured for. A model that has no config for it is of cpu."""
+        found = [configs.profile_of(config) for model in FILES if (config := self.config(model))]
+        return next((profile for profile in found if profile != configs.CPU), configs.CPU)
 
     def check_profile(self, profile: str) -> None:
         """Raises ValueError for one that neither this package has nor the repository."""
@@ -379,6 +405,8 @@ def install(
     if profile:
         repository.check_profile(profile)
     with repository.locked():
+        if profile not in (None, repository.profile):
+            repository.check_idle()
         repository.sweep()
         release = repository.add(export, name, training)
         repository.make_live(release, standby=None)
