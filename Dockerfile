@@ -5,13 +5,13 @@
 ARG TRITON=26.09-py3
 
 FROM nvcr.io/nvidia/tritonserver:${TRITON} AS build
-# An environment of our own, so that no package of the image is replaced. pip fills it from outside: the image's Python
-# has no ensurepip.
+# An environment of our own, so that no package of the image is replaced; TensorRT's is the image's. pip fills it from
+# outside: the image's Python has no ensurepip.
 ENV VIRTUAL_ENV=/opt/florence2 \
     PIP_PYTHON=/opt/florence2/bin/python \
     PIP_NO_CACHE_DIR=1
 WORKDIR /build
-RUN python3 -m venv --without-pip "$VIRTUAL_ENV"
+RUN python3 -m venv --system-site-packages --without-pip "$VIRTUAL_ENV"
 COPY docker/requirements.txt docker/
 RUN pip install --require-hashes -r docker/requirements.txt
 COPY . .
@@ -30,7 +30,8 @@ ENV PATH=/opt/florence2/bin:$PATH \
 USER 1000:1000
 VOLUME ["/models", "/cache"]
 EXPOSE 8000 8001 8002
-HEALTHCHECK --interval=10s --timeout=5s --start-period=5m \
+# TensorRT may build engines first.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30m \
     CMD ["curl", "-fsS", "-o", "/dev/null", "http://127.0.0.1:8000/v2/health/ready"]
 # The entrypoint stays NVIDIA's, which checks the driver and then execs this, so that SIGTERM reaches it and it drains.
 CMD ["florence2", "serve", "--repository", "/models", "--host", "0.0.0.0", "--profile", "cuda"]

@@ -180,6 +180,75 @@ def test_untied_head(native: Path, root: Path, tmp_path: Path, monkeypatch: pyte
     assert answers(tmp_path / "export")[1] != answers(root / "native-export")[1]
 
 
+# --- precisions ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halved(root: Path) -> dict[str, Path]:
+    """By precision."""
+    folders = {precision: root / precision for precision in ("fp16", "int8")}
+    for precision, folder in folders.items():
+        export(str(root / "native"), folder, precision=precision)
+    return folders
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_what_leaves_the_process_is_float32_in_every_precision(
+    root: Path, halved: dict[str, Path], precision: str
+) -> None:
+    """So that one config.pbtxt serves them all."""
+    for name, tensors in (("vision_encoder", ("image_features",)), ("encoder", ("image_features",))):
+        model = onnx.load(halved[precision] / f"{name}.onnx", load_external_data=False)
+        types = {tensor.name: tensor.type.tensor_type.elem_type for tensor in (*model.graph.input, *model.graph.output)}
+        assert {types[tensor] for tensor in tensors} == {onnx.TensorProto.FLOAT}
+    graph = session(halved[precision] / "decoder.onnx")
+    types = {found.name: found.type for found in (*graph.get_inputs(), *graph.get_outputs())}
+    assert types["candidate_logprobs"] == "tensor(float)"
+    cache = {"fp16": "tensor(float16)", "int8": "tensor(float)"}[precision]
+    assert {kind for name, kind in types.items() if name.startswith(("past_key_values.", "present."))} == {cache}
+
+
+def test_half_weights_and_norms_in_float32_inside(halved: dict[str, Path]) -> None:
+    for name in ("vision_encoder", "encoder", "decoder"):
+        model = onnx.load(halved["fp16"] / f"{name}.onnx")
+        weights = [tensor for tensor in model.graph.initializer if len(tensor.dims) > 1]
+        floats = {tensor.data_type for tensor in weights} - {onnx.TensorProto.INT64, onnx.TensorProto.BOOL}
+        assert floats == {onnx.TensorProto.FLOAT16}
+        for node in model.graph.node:
+            if node.op_type == "LayerNormalization":
+                assert [one.i for one in node.attribute if one.name == "stash_type"] in ([], [1])
+            if node.op_type == "LogSoftmax":
+                assert node.input[0] in {
+                    cast.output[0] for cast in model.graph.node if cast.op_type == "Cast" and cast.attribute[0].i == 1
+                }
+
+
+def test_eight_bits_for_what_weights_are_multiplied_with(halved: dict[str, Path]) -> None:
+    for name in ("vision_encoder", "encoder", "decoder"):
+        model = onnx.load(halved["int8"] / f"{name}.onnx")
+        types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        used = {kind: [] for kind in ("MatMulInteger", "MatMul", "Gemm", "Conv", "Gather")}
+        for node in model.graph.node:
+            if node.op_type in used:
+                used[node.op_type] += [types[weight] for weight in node.input if weight in types]
+        assert onnx.TensorProto.INT8 in used["MatMulInteger"]
+        assert used["MatMul"] == used["Gemm"] == []
+        assert onnx.TensorProto.INT8 not in used["Conv"] + used["Gather"]
+
+
+def test_no_graph_has_an_operator_that_cuda_lacks_in_its_opset(root: Path) -> None:
+    """ONNX Runtime's Equal for CUDA is of another version than opset 20's: on the CPU it would part the graph."""
+    for graph in GRAPHS:
+        model = onnx.load(root / "native-export" / f"{graph.name}.onnx", load_external_data=False)
+        assert "Equal" not in {node.op_type for node in model.graph.node}
+
+
+def test_another_precision_is_made_again(halved: dict[str, Path], tmp_path: Path, root: Path) -> None:
+    folder = make.copy_of(halved["fp16"], tmp_path / "export")
+    assert export(str(root / "native"), folder, precision="fp16").precision == "fp16"
+    assert export(str(root / "native"), folder).precision == "fp32"
+
+
 # --- when it is made ----------------------------------------------------------------------------------------
 
 
