@@ -57,7 +57,7 @@ def pictures(work: Path, rounds: int) -> str:
             install(folder, Path(repository))
             server = stack.enter_context(TritonServer(repository))
             server.wait_ready()
-            works[name] = lambda url=server.grpc_url: _served(url, [files.take() for _ in range(2 * IN_FLIGHT)])
+            works[name] = lambda url=server.grpc_url: _served(url, [files.take() for _ in range(4 * IN_FLIGHT)])
         for dtype in ("float32", "bfloat16"):
             model = Florence2ForConditionalGeneration.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
             for batch in (1, IN_FLIGHT):
@@ -76,7 +76,7 @@ def pictures(work: Path, rounds: int) -> str:
     ours = median(rates["Triton, int8"])
     for name, found in rates.items():
         rows.add(name, *(f"{figure(found):.3f}" for figure in (median, min, max)), f"{ours / median(found):.2f}")
-    return f"{NUM_BEAMS} beams, {NEW_TOKENS} tokens; {2 * IN_FLIGHT} pictures a round through Triton.\n\n{rows}"
+    return f"{NUM_BEAMS} beams, {NEW_TOKENS} tokens; {4 * IN_FLIGHT} pictures a round through Triton.\n\n{rows}"
 
 
 def _served(url: str, files: Sequence[bytes]) -> tuple[int, float]:
