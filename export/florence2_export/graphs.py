@@ -36,7 +36,7 @@ class ImageEncoder(nn.Module):
         self.projector = model.model.multi_modal_projector
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        hidden = pixel_values.to(_dtype(self))
+        hidden = pixel_values.to(dtype_of(self))
         # Not vision_tower(...): its decorators record outputs, which torch.export can't follow.
         for conv, blocks in zip(self.vision_tower.convs, self.vision_tower.blocks, strict=True):
             hidden = conv(hidden).permute(0, 2, 3, 1)
@@ -120,29 +120,29 @@ class Encoder(nn.Module):
         encoder: Any = self.encoder
         image_mask = attention_mask.new_ones(image_features.shape[:2])
         mask = torch.cat([image_mask, attention_mask], dim=1)
-        embedded = torch.cat([image_features.to(_dtype(self)), encoder.embed_tokens(input_ids)], dim=1)
-        hidden = _encode(encoder, embedded, mask)
+        embedded = torch.cat([image_features.to(dtype_of(self)), encoder.embed_tokens(input_ids)], dim=1)
+        hidden = encode(encoder, embedded, mask)
         caches = []
         cross: Any = self.cross
         for attention in cross:
-            caches.append(_split(attention.k_proj(hidden), attention.num_heads))
-            caches.append(_split(attention.v_proj(hidden), attention.num_heads))
+            caches.append(split_heads(attention.k_proj(hidden), attention.num_heads))
+            caches.append(split_heads(attention.v_proj(hidden), attention.num_heads))
         return [*caches, mask]
 
 
-def _encode(encoder: Any, embedded: Tensor, mask: Tensor) -> Tensor:
+def encode(encoder: Any, embedded: Tensor, mask: Tensor) -> Tensor:
     """The text encoder: `embedded` [B, S, D], `mask` i64 [B, S] -> its last hidden state [B, S, D]."""
     # Padding may reach past the last position.
     positions = torch.arange(embedded.shape[1]).clamp(max=encoder.config.max_position_embeddings - 1)
-    hidden = encoder.layernorm_embedding(embedded + _positions(encoder, positions))
-    bias = _bias(mask[:, None, None, :] > 0, hidden.dtype)
+    hidden = encoder.layernorm_embedding(embedded + learned_positions(encoder, positions))
+    bias = mask_bias(mask[:, None, None, :] > 0, hidden.dtype)
     for layer in encoder.layers:
         attention = layer.self_attn
         query, key, value = (
-            _split(projection(hidden), attention.num_heads)
+            split_heads(projection(hidden), attention.num_heads)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        attended = attention.out_proj(_attend(query * attention.scaling, key, value, bias))
+        attended = attention.out_proj(softmax_attention(query * attention.scaling, key, value, bias))
         hidden = layer.self_attn_layer_norm(hidden + attended)
         hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
     return hidden
@@ -188,9 +188,9 @@ class Decoder(nn.Module):
         moved = (moved_from[:, :1], heads, moved_from[:, 1:])
         changed = torch.cat([moved_to, torch.stack([rows, positions], dim=1)])
         written = (changed[:, :1], heads, changed[:, 1:])
-        hidden = decoder.layernorm_embedding(decoder.embed_tokens(input_ids) + _positions(decoder, positions))
-        self_bias = _bias(torch.arange(past[0].shape[2]) <= positions[:, None, None, None], hidden.dtype)
-        cross_bias = _bias(encoder_attention_mask[:, None, None, :] > 0, hidden.dtype)
+        hidden = decoder.layernorm_embedding(decoder.embed_tokens(input_ids) + learned_positions(decoder, positions))
+        self_bias = mask_bias(torch.arange(past[0].shape[2]) <= positions[:, None, None, None], hidden.dtype)
+        cross_bias = mask_bias(encoder_attention_mask[:, None, None, :] > 0, hidden.dtype)
         present = []
         for i, layer in enumerate(decoder.layers):
             attention = layer.self_attn
@@ -203,12 +203,12 @@ class Decoder(nn.Module):
                 for cache, entry in zip(past[2 * i : 2 * i + 2], new, strict=True)
             )
             present += [key, value]
-            attended = _attend(query[:, :, None] * attention.scaling, key, value, self_bias)[:, 0]
+            attended = softmax_attention(query[:, :, None] * attention.scaling, key, value, self_bias)[:, 0]
             hidden = layer.self_attn_layer_norm(hidden + attention.out_proj(attended))
             attention = layer.encoder_attn
             query = attention.q_proj(hidden)[beam_rows.reshape(-1)].reshape(slots, beams, -1)
-            query = _split(query, attention.num_heads) * attention.scaling
-            attended = _attend(query, cross[2 * i], cross[2 * i + 1], cross_bias).flatten(0, 1)[row_beams]
+            query = split_heads(query, attention.num_heads) * attention.scaling
+            attended = softmax_attention(query, cross[2 * i], cross[2 * i + 1], cross_bias).flatten(0, 1)[row_beams]
             hidden = layer.encoder_attn_layer_norm(hidden + attention.out_proj(attended))
             hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
         logprobs = torch.log_softmax(self.lm_head(hidden).float(), dim=-1)
@@ -227,27 +227,27 @@ class Relayout(nn.Module):
         return cache[rows][:, :, columns]
 
 
-def _split(hidden: Tensor, heads: int) -> Tensor:
+def split_heads(hidden: Tensor, heads: int) -> Tensor:
     batch, length, width = hidden.shape
     return hidden.reshape(batch, length, heads, width // heads).transpose(1, 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Softmax attention, [B, heads, Q, head_dim] x [B, heads, K, head_dim] -> [B, Q, heads * head_dim]."""
     weights = torch.softmax(query @ key.transpose(2, 3) + bias, dim=-1)
     return (weights @ value).transpose(1, 2).flatten(2)
 
 
-def _bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def mask_bias(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     # Half of the least number: where nothing is allowed, a sum of -inf in every column would give NaN.
     return torch.where(allowed, 0.0, torch.finfo(dtype).min / 2).to(dtype)
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     return next(module.parameters()).dtype
 
 
-def _positions(stack: Any, positions: Tensor) -> Tensor:
+def learned_positions(stack: Any, positions: Tensor) -> Tensor:
     # BART's learned positions start at row 2 (BartLearnedPositionalEmbedding.offset).
     table = stack.embed_positions
     return nn.functional.embedding(positions + table.offset, table.weight)

@@ -16,11 +16,11 @@ from florence2_export.checkpoint import Checkpoint
 from florence2_export.parity import (
     NEW_TOKENS,
     PROMPTS,
-    TOLERANCE,
-    _pictures,
+    example_pictures,
     reference_features,
     reference_generate,
 )
+from florence2_export.tolerance import TOLERANCE
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -115,7 +115,7 @@ class GreedyComparison:
         self.settings = settings.override(num_beams=1, max_new_tokens=NEW_TOKENS)
         encoder = PromptEncoder(checkpoint.tokenizer, sizes)
         self.prompts = [encoder.encode(prompt) for prompt in PROMPTS]
-        self.pixels = _pictures(len(PROMPTS), sizes)
+        self.pixels = example_pictures(len(PROMPTS), sizes)
         self.expected = []
         for features, prompt in zip(reference_features(checkpoint, self.pixels), self.prompts, strict=True):
             asked: dict[str, Any] = {"num_beams": 1, "max_new_tokens": NEW_TOKENS}

@@ -17,7 +17,16 @@ from florence2.manifest import Manifest, Sizes
 from florence2.tasks import TASKS, Takes
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import done_already, filled, manifest_of, progress, sizes_of
-from florence2_export.graphs import Graph, ImageEncoder, _attend, _bias, _dtype, _encode, _positions, _split
+from florence2_export.graphs import (
+    Graph,
+    ImageEncoder,
+    dtype_of,
+    encode,
+    learned_positions,
+    mask_bias,
+    softmax_attention,
+    split_heads,
+)
 from florence2_export.greedy import GreedyComparison
 from florence2_export.precision import quiet, save, trace
 from florence2_export.tokenizer import BOS, EOS, PAD
@@ -149,7 +158,7 @@ class TextEncoder(nn.Module):
         self.encoder = model.model.language_model.encoder
 
     def forward(self, attention_mask: Tensor, inputs_embeds: Tensor) -> Tensor:
-        return _encode(self.encoder, inputs_embeds.to(_dtype(self)), attention_mask).float()
+        return encode(self.encoder, inputs_embeds.to(dtype_of(self)), attention_mask).float()
 
 
 class CachedDecoder(nn.Module):
@@ -177,32 +186,31 @@ class CachedDecoder(nn.Module):
         use_cache_branch: Tensor,
     ) -> list[Tensor]:
         decoder: Any = self.decoder
-        past = [cache.to(_dtype(self)) for cache in past]
+        past = [cache.to(dtype_of(self)) for cache in past]
         past_length, length = past[0].shape[2], inputs_embeds.shape[1]
-        fresh = encoder_hidden_states[:, past[2].shape[2] :].to(_dtype(self))
+        fresh = encoder_hidden_states[:, past[2].shape[2] :].to(dtype_of(self))
         positions = past_length + torch.arange(length)
-        hidden = decoder.layernorm_embedding(inputs_embeds.to(_dtype(self)) + _positions(decoder, positions))
-        self_bias = _bias(torch.arange(past_length + length) <= positions[:, None], hidden.dtype)
-        cross_bias = _bias(encoder_attention_mask[:, None, None, :] > 0, hidden.dtype)
+        hidden = decoder.layernorm_embedding(inputs_embeds.to(dtype_of(self)) + learned_positions(decoder, positions))
+        self_bias = mask_bias(torch.arange(past_length + length) <= positions[:, None], hidden.dtype)
+        cross_bias = mask_bias(encoder_attention_mask[:, None, None, :] > 0, hidden.dtype)
         present = []
         for i, layer in enumerate(decoder.layers):
             attention = layer.self_attn
             query, *new = (
-                _split(projection(hidden), attention.num_heads)
+                split_heads(projection(hidden), attention.num_heads)
                 for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
             )
             key, value = (torch.cat(pair, dim=2) for pair in zip(past[4 * i : 4 * i + 2], new, strict=True))
             present += [key, value]
-            attended = _attend(query * attention.scaling, key, value, self_bias)
+            attended = softmax_attention(query * attention.scaling, key, value, self_bias)
             hidden = layer.self_attn_layer_norm(hidden + attention.out_proj(attended))
             attention = layer.encoder_attn
-            query = _split(attention.q_proj(hidden), attention.num_heads)
-            new = [
-                _split(projection(fresh), attention.num_heads) for projection in (attention.k_proj, attention.v_proj)
-            ]
+            query = split_heads(attention.q_proj(hidden), attention.num_heads)
+            projections = (attention.k_proj, attention.v_proj)
+            new = [split_heads(projection(fresh), attention.num_heads) for projection in projections]
             key, value = (torch.cat(pair, dim=2) for pair in zip(past[4 * i + 2 : 4 * i + 4], new, strict=True))
             present += new
-            attended = _attend(query * attention.scaling, key, value, cross_bias)
+            attended = softmax_attention(query * attention.scaling, key, value, cross_bias)
             hidden = layer.encoder_attn_layer_norm(hidden + attention.out_proj(attended))
             hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
         return [output.float() for output in (self.lm_head(hidden), *present)]

@@ -66,7 +66,7 @@ class Comparison:
         self.parity = Parity()
         encoder = PromptEncoder(checkpoint.tokenizer, sizes)
         self.prompts = [encoder.encode(prompt) for prompt in PROMPTS]
-        self.pixels = _pictures(len(PROMPTS), sizes)
+        self.pixels = example_pictures(len(PROMPTS), sizes)
         self.features: NDArray[np.float32] | None = None
 
     def vision(self) -> None:
@@ -213,7 +213,7 @@ def reference_generate(model: Any, features: NDArray[np.float32], prompt: NDArra
     )
 
 
-def _pictures(count: int, sizes: Sizes) -> NDArray[np.uint8]:
+def example_pictures(count: int, sizes: Sizes) -> NDArray[np.uint8]:
     """Coloured gradients with rectangles: edges and flat areas, the same at every run."""
     rng = np.random.default_rng(0)
     height, width = sizes.image_height, sizes.image_width
