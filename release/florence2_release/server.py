@@ -104,9 +104,9 @@ class TritonServer:
             raise ServerError(f"this server runs already (process {self.pid})")
         _check_repository(self.repository)
         self.installation = find_tritonserver()
+        address = ipv4(self.host)
         if self.installation.wheel:
             _check_backends(self.repository)
-        address = ipv4(self.host)
         with contextlib.ExitStack() as ports, contextlib.ExitStack() as on_failure:
             self._choose_ports(address, ports)
             runtime = Path(tempfile.mkdtemp(prefix="florence2-triton-"))
