@@ -44,12 +44,14 @@ GENERATIONS, NEW_TOKENS = 32, 50
 class Recorded(OnnxModel):
     """Keeps its answers."""
 
+    def __init__(self, export: Path) -> None:
+        super().__init__(export)
+        self.answers: list[str] = []
+
     def predict(self, asked: Iterable[Question], *rest: Any) -> Iterator[Prediction]:
         for prediction in super().predict(asked, *rest):
             self.answers.append(prediction.text)
             yield prediction
-
-    answers: list[str]
 
 
 def demo(work: Path, pictures: int) -> str:
@@ -60,8 +62,8 @@ def demo(work: Path, pictures: int) -> str:
         folder = work / f"demo-{precision}"
         export(str(DEMO), folder, precision=precision)
         model = Recorded(folder)
-        model.answers = answers[precision] = []
         found[precision] = evaluate(model, pictures, seed=1)
+        answers[precision] = model.answers
     rows = Table("pictures", "task", "figure", "asked", *PRECISIONS)
     for same in zip(*found.values(), strict=True):
         first = same[0]

@@ -21,7 +21,7 @@ OPSET = 20
 
 PRECISIONS = ("fp32", "fp16", "int8")
 """fp16 is for GPUs; bf16 drifts eight times as far and is no faster there. int8 is for CPUs: 8-bit weights, and
-activations whose scale is found as they come (benchmarks/int8.md says why not static)."""
+activations whose scale is found as they come (benchmarks/int8/graphs.md says why not static)."""
 
 
 @dataclass(frozen=True)
