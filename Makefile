@@ -23,7 +23,7 @@ all: .venv/installed
 		|| { echo "the shared library of $$($(PYTHON) -V) is missing, which Triton's python stub links: apt install libpython3-dev"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install -e '.[export,local-server,train,dev]'
+	$(BIN)/pip install -e '.[export,local-server,train,ray,ui,bench,dev]'
 	@touch $@
 
 demo: .venv/installed
