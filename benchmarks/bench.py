@@ -62,7 +62,7 @@ class Bench:
 
     def ask(self, file: bytes, task: str = TASK, new_tokens: int = NEW_TOKENS) -> list[int]:
         with Florence2Client(self.server.grpc_url) as client:
-            return client.ask(file, task, num_beams=NUM_BEAMS, max_new_tokens=new_tokens).token_ids.tolist()
+            return client.run(task, file, num_beams=NUM_BEAMS, max_new_tokens=new_tokens).token_ids.tolist()
 
     @torch.inference_mode()
     def transformers(self, files: Sequence[bytes]) -> list[list[int]]:

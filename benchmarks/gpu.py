@@ -128,7 +128,7 @@ class InProcess:
 def served(url: str) -> Side:
     def ask(file: bytes, new_tokens: int) -> list[int]:
         with Florence2Client(url) as client:
-            return client.ask(file, TASK, num_beams=NUM_BEAMS, max_new_tokens=new_tokens).token_ids.tolist()
+            return client.run(TASK, file, num_beams=NUM_BEAMS, max_new_tokens=new_tokens).token_ids.tolist()
 
     def answers(files: Sequence[bytes], new_tokens: int) -> Answers:
         with ThreadPoolExecutor(len(files)) as pool:

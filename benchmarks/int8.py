@@ -82,7 +82,7 @@ def pictures(work: Path, rounds: int) -> str:
 def _served(url: str, files: Sequence[bytes]) -> tuple[int, float]:
     def ask(file: bytes) -> None:
         with Florence2Client(url) as client:
-            ids = client.ask(file, TASK, num_beams=NUM_BEAMS, max_new_tokens=NEW_TOKENS).token_ids
+            ids = client.run(TASK, file, num_beams=NUM_BEAMS, max_new_tokens=NEW_TOKENS).token_ids
         assert len(ids) == NEW_TOKENS + 1, "random weights were to fill the length"
 
     started = time.perf_counter()

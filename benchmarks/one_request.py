@@ -61,7 +61,7 @@ def transformers_side(checkpoint: Path) -> Ask:
 
 def triton_side(server: TritonServer) -> Ask:
     client = Florence2Client(server.grpc_url)
-    return lambda file: client.ask(file, TASK, num_beams=NUM_BEAMS, max_new_tokens=NEW_TOKENS).token_ids.tolist()
+    return lambda file: client.run(TASK, file, num_beams=NUM_BEAMS, max_new_tokens=NEW_TOKENS).token_ids.tolist()
 
 
 def timed(ask: Ask, file: bytes) -> tuple[float, list[int]]:

@@ -63,7 +63,7 @@ def measured(work: Path, export: Path, count: int, whole: bool, say: Callable[[s
         server.wait_ready(timeout=1200)
         for name in names:
             with Florence2Client(server.grpc_url, model=name) as client:
-                client.ask(picture(0), "<CAPTION>", max_new_tokens=5)
+                client.run("<CAPTION>", picture(0), max_new_tokens=5)
         found = memory(server)
     say(f"{count} {'whole models' if whole else 'fine-tunes'}: {found:.1f} GB")
     return found

@@ -7,14 +7,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from florence2_client import Florence2Client
+from florence2_client import Florence2Client, Instances
 from florence2_export.export import export
 from florence2_release.repository import install
 from florence2_release.server import TritonServer
 
 from florence2.cli.ask import describe
-from florence2.drawing import draw
-from florence2.images import decode
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "var" / "demo"
@@ -41,7 +39,7 @@ def main() -> int:
     with TritonServer(WORK / "repository") as server:
         server.wait_ready(progress=lambda line: print(f"  {line}", flush=True))
         print(f"  HTTP {server.http_url}, gRPC {server.grpc_url}")
-        urls = {"grpc": f"127.0.0.1:{server.grpc_port}", "http": f"127.0.0.1:{server.http_port}"}
+        urls = {"grpc": server.grpc_url, "http": server.http_url}
         for protocol, picture, prompt in QUESTIONS:
             ask(protocol, urls[protocol], HERE / "pictures" / picture, prompt)
         say("stopping the server")
@@ -49,14 +47,14 @@ def main() -> int:
 
 
 def ask(protocol: str, url: str, picture: Path, prompt: str) -> None:
-    with Florence2Client(url, protocol=protocol) as client:
-        answer = client.ask(picture, prompt)
+    with Florence2Client(url) as client:
+        answer = client.run(prompt, picture)
     say(f"{protocol}  {picture.name}  {prompt}")
-    print("  " + describe(answer.answer).replace("\n", "\n  "))
-    if isinstance(answer.value, dict):
+    print("  " + describe(answer).replace("\n", "\n  "))
+    if isinstance(answer, Instances):
         drawn = WORK / "drawn" / f"{picture.stem}-{prompt.strip('<>')}.png"
         drawn.parent.mkdir(exist_ok=True)
-        draw(decode(picture.read_bytes()), answer.answer).save(drawn)
+        answer.draw().save(drawn)
         print(f"  drawn: {drawn}")
 
 

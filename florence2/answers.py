@@ -13,6 +13,7 @@ import codecs
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -118,17 +119,31 @@ class AnswerParser:
         }
 
 
+_GROUPS = (
+    *((kind, "labels", "scores") for kind in ("bboxes", "quad_boxes", "polygons")),
+    ("bboxes", "bboxes_labels", "scores"),
+    ("polygons", "polygons_labels", "polygons_scores"),
+)
+"""The columns that an answer may have: coordinates, labels, scores."""
+
+
 def instances(value: dict[str, list[Any]]) -> Iterator[tuple[str, list[Any], str, float]]:
     """What an answer holds that is no text: per instance its kind ("bboxes", "quad_boxes" or "polygons"), coordinates,
     label and score."""
-    for kind, labels, scores in (
-        *((kind, "labels", "scores") for kind in ("bboxes", "quad_boxes", "polygons")),
-        ("bboxes", "bboxes_labels", "scores"),
-        ("polygons", "polygons_labels", "polygons_scores"),
-    ):
+    for kind, labels, scores in _GROUPS:
         if kind in value and labels in value:
             for row in zip(value[kind], value[labels], value[scores], strict=True):
                 yield kind, *row
+
+
+def at_least(value: dict[str, list[Any]], min_score: float) -> dict[str, list[Any]]:
+    """The same without instances of a lower score."""
+    kept = dict(value)
+    for group in _GROUPS:
+        if all(name in value for name in group):
+            keep = [score >= min_score for score in value[group[2]]]
+            kept |= {name: list(compress(value[name], keep)) for name in group}
+    return kept
 
 
 _Row = tuple[Any, str, float]

@@ -5,7 +5,8 @@ import binascii
 import io
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,10 @@ _UPRIGHT: dict[Any, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the picture upright."""
+_SIDEWAYS = (
+    *(Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE),
+    *(Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
+)
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,31 @@ def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:
     dropped and palettes are expanded as PIL's `convert("RGB")` does, which is what users of HF's processors call;
     16-bit grey keeps its range. Raises InvalidRequest for what is no image, broken, or past the limits.
     """
-    data = _plain(data, limits)
+    with _opened(data, limits) as image:
+        try:
+            image.load()
+            return _rgb(_upright(image))
+        except Exception as error:
+            raise InvalidRequest(f"the image is damaged or cut short ({error})") from None
+
+
+def upright_size(data: bytes, limits: Limits = Limits()) -> tuple[int, int]:
+    """(width, height) of the picture that `decode` gives, from the file's head. Raises InvalidRequest as that does, but
+    for damage further on."""
+    with _opened(data, limits) as image:
+        turn = _turn(image)
+        return (image.height, image.width) if turn in _SIDEWAYS else image.size
+
+
+@contextmanager
+def _opened(data: bytes, limits: Limits) -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         # PIL warns of what is refused below, and of damage that doesn't matter.
         warnings.simplefilter("ignore")
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(_plain(data, limits)), formats=FORMATS)
+        except InvalidRequest:
+            raise
         except Image.DecompressionBombError:
             allowed = min(limits.megapixels, PIL_MEGAPIXELS)
             raise InvalidRequest(f"the image has too many pixels; {allowed:g} megapixels are allowed") from None
@@ -67,11 +91,7 @@ def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:
             raise InvalidRequest(
                 f"the image has {image.width} x {image.height} pixels; {limits.megapixels:g} megapixels are allowed"
             )
-        try:
-            image.load()
-            return _rgb(_upright(image))
-        except Exception as error:
-            raise InvalidRequest(f"the image is damaged or cut short ({error})") from None
+        yield image
 
 
 class Resizer:
@@ -105,12 +125,16 @@ def _plain(data: bytes, limits: Limits) -> bytes:
 
 def _upright(image: Image.Image) -> Image.Image:
     # ImageOps.exif_transpose also writes the EXIF block anew, and fails where that has a tag it can't write.
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:
         # A damaged EXIF block says nothing; the pixels are whole.
-        return image
-    return image if turn is None else image.transpose(turn)
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

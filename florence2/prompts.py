@@ -32,12 +32,16 @@ def parse(prompt: str, location_bins: int = 1000) -> Prompt:
     """Read a prompt as `Florence2Processor._construct_prompts` does. Raises InvalidRequest with what to change."""
     if not prompt.strip():
         raise InvalidRequest("the prompt is empty; send a task such as <OD>, or text")
-    for task in TASKS.values():
-        if task.token in prompt:
-            rest = prompt.replace(task.token, "").strip()
-            return Prompt(task, task.prompt.format(input=_checked(task, rest, location_bins)), task.token)
+    if task := task_of(prompt):
+        rest = prompt.replace(task.token, "").strip()
+        return Prompt(task, task.prompt.format(input=_checked(task, rest, location_bins)), task.token)
     _refuse_misspelt(prompt)
     return Prompt(None, prompt, prompt)
+
+
+def task_of(prompt: str) -> Task | None:
+    """The task that a prompt asks for: the first of the table whose token it holds, anywhere."""
+    return next((task for task in TASKS.values() if task.token in prompt), None)
 
 
 class PromptEncoder:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT
-from florence2_client import Florence2Client
+from florence2_client import Florence2Client, Instances, Text
 from florence2_export.checkpoint import load_checkpoint
 from florence2_export.parity import reference_features, reference_generate
 from florence2_release.repository import install
@@ -61,8 +61,23 @@ def serve(
 
 
 def client(server: TritonServer, protocol: str = "grpc", timeout: float = HANGS) -> Florence2Client:
-    port = server.grpc_port if protocol == "grpc" else server.http_port
-    return Florence2Client(f"127.0.0.1:{port}", protocol=protocol, timeout=timeout)
+    """Sends every request once."""
+    url = server.grpc_url if protocol == "grpc" else server.http_url
+    return Florence2Client(url, timeout=timeout, retries=0)
+
+
+def result(answer: dict[str, Any], image: Any = b"", **fields: Any) -> Text | Instances:
+    """As a client returns it, of no server."""
+    kind = Text if isinstance(next(iter(answer.values())), str) else Instances
+    rest = {
+        "prompt": next(iter(answer)),
+        "text": "",
+        "sequence_score": 0.0,
+        "finish_reason": "stop",
+        "model_version": "1",
+    }
+    ids, logprobs = np.array([2]), np.zeros(0, np.float32)
+    return kind(answer=answer, image=image, token_ids=ids, token_logprobs=logprobs, **rest | fields)
 
 
 def tensors(module: Any = grpc, **values: Any) -> list[Any]:

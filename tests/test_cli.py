@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from serving import result
 
 from florence2.cli import COMMANDS, main
 from florence2.cli.ask import describe
@@ -72,4 +73,5 @@ def test_the_script_and_the_command_are_the_same(tmp_path: Path) -> None:
     ],
 )
 def test_describe(answer: dict, printed: str) -> None:
-    assert describe(answer) == printed
+    assert describe(result(answer)) == printed
+    assert describe(result(answer, finish_reason="length")) == f"{printed}\n(cut short by the limit on new tokens)"

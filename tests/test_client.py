@@ -14,17 +14,17 @@ PICTURE = DEMO_CHECKPOINT.parent / "pictures" / "scene-1.png"
 )
 def test_a_region_is_a_box(region: tuple[float, ...]) -> None:
     with Florence2Client("localhost:1") as client, pytest.raises(ValueError, match="x1, y1, x2, y2"):
-        client.ask(PICTURE, "<REGION_TO_CATEGORY>", region=region)
+        client.run("<REGION_TO_CATEGORY>", PICTURE, region=region)
 
 
 def test_a_region_needs_a_picture_to_be_a_region_of() -> None:
     with Florence2Client("localhost:1") as client, pytest.raises(InvalidRequest, match="can't be read"):
-        client.ask(b"<html>", "<REGION_TO_CATEGORY>", region=(1, 2, 3, 4))
+        client.run("<REGION_TO_CATEGORY>", b"<html>", region=(1, 2, 3, 4))
 
 
 def test_protocols() -> None:
-    with pytest.raises(ValueError, match='"grpc" or "http"'):
-        Florence2Client(protocol="rest")
+    with pytest.raises(ValueError, match="http://"):
+        Florence2Client("rest://localhost:1")
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan")])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DEMO_CHECKPOINT
-from florence2_client import Answer, ServerRefused
+from florence2_client import ServerRefused, Text
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import sizes_of
 from florence2_export.parity import reference_features, reference_generate
@@ -222,17 +222,21 @@ class FakeClient:
     def __init__(self, url: str, **_: Any) -> None:
         pass
 
-    def close(self) -> None:
+    def __enter__(self) -> "FakeClient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         pass
 
-    def ask(self, image: bytes, prompt: str, **_: Any) -> Answer:
+    def run(self, prompt: str, image: bytes, **_: Any) -> Text:
         if prompt in STATUS:
             raise ServerRefused("no", STATUS[prompt])
         nothing = np.zeros(1, np.int64)
-        return Answer({prompt: "red"}, "</s>red</s>", nothing, np.zeros(0, np.float32), 0.0, "stop", "1")
+        logprobs = np.zeros(0, np.float32)
+        return Text(prompt, {prompt: "red"}, "</s>red</s>", nothing, logprobs, 0.0, "stop", "1", image)
 
 
-STATUS = {"refused": "StatusCode.INVALID_ARGUMENT", "gone": "StatusCode.UNAVAILABLE"}
+STATUS = {"refused": "INVALID_ARGUMENT", "gone": "UNAVAILABLE"}
 
 
 def test_what_a_server_refuses_is_reported_and_a_server_that_is_gone_ends_it(

@@ -127,11 +127,11 @@ class Traffic:
         ]
 
     def _run(self, server: TritonServer, protocol: str, options: dict[str, Any]) -> None:
-        port = server.grpc_port if protocol == "grpc" else server.http_port
-        with Florence2Client(f"127.0.0.1:{port}", protocol=protocol, timeout=HANGS, **options) as asking:
+        url = server.grpc_url if protocol == "grpc" else server.http_url
+        with Florence2Client(url, timeout=HANGS, retries=0, **options) as asking:
             while not self._ended.is_set():
                 try:
-                    answer = asking.ask(PICTURE, PROMPT)
+                    answer = asking.run(PROMPT, PICTURE)
                     self.answered.append((answer.model_version, answer.token_ids.tolist()))
                 except ServerRefused as error:
                     self.errors.append(str(error))
@@ -180,7 +180,7 @@ def test_what_is_worse_broken_or_not_what_it_says_is_refused(
     with served(exports["whole"], tmp_path) as (repository, server):
         # What the running release answers is what is wanted.
         with client(server) as asking:
-            wanted = asking.ask(PICTURE, PROMPT).text
+            wanted = asking.run(PROMPT, PICTURE).text
         suffix = wanted.replace("</s>", "").replace("<s>", "")
         data.write_text(json.dumps({"image": str(PICTURE), "prefix": PROMPT, "suffix": suffix}) + "\n")
         gate = replace(QUICK, data=str(data))
@@ -256,10 +256,10 @@ def test_a_command_that_is_killed_anywhere_is_finished_by_the_next(
             )
             kills += killed.returncode == -signal.SIGKILL
             # A whole release answers: the one before, or the new one.
-            before = asking.ask(PICTURE, PROMPT).token_ids.tolist()
+            before = asking.run(PROMPT, PICTURE).token_ids.tolist()
             assert before in (answers["whole"], answers["cut"])
             assert main(arguments) == 0
-            assert asking.ask(PICTURE, PROMPT).token_ids.tolist() == answers[name]
+            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers[name]
             live = repository.live(ENSEMBLE)
             assert live is not None
             loaded = Triton(server.grpc_url).loaded()
@@ -288,11 +288,11 @@ def test_a_server_that_is_killed_comes_back_and_the_release_is_finished(
     with TritonServer(repository.folder) as server:
         server.wait_ready()
         with client(server) as asking:
-            assert asking.ask(PICTURE, PROMPT).token_ids.tolist() == answers["whole"]
+            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["whole"]
             said: list[str] = []
             assert released(repository, server, exports["cut"], said=said).number == 2
             assert said[0] == "going on with release 2"
-            assert asking.ask(PICTURE, PROMPT).token_ids.tolist() == answers["cut"]
+            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["cut"]
 
 
 def stubs_of(server: TritonServer, model: str) -> list[int]:
@@ -324,7 +324,7 @@ def test_a_model_that_loses_its_process_gets_another(exports: dict[str, Path], t
                 assert time.monotonic() < until
                 time.sleep(0.1)
             time.sleep(2.5)
-            assert asking.ask(PICTURE, PROMPT).model_version == "1"
+            assert asking.run(PROMPT, PICTURE).model_version == "1"
             assert said == ["beam_search 1 had lost its process; it is started again"]
         finally:
             watch.stop()
@@ -351,7 +351,7 @@ def test_a_live_release_that_fails_is_rolled_back(
         ):
             released(repository, server, exports["cut"], gate)
         with client(server) as asking:
-            assert asking.ask(PICTURE, PROMPT).token_ids.tolist() == answers["whole"]
+            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["whole"]
         assert repository.release(2).outcome.startswith("rolled back: ")  # type: ignore[union-attr]
 
 
@@ -396,7 +396,7 @@ def test_fine_tunes_side_by_side_share_what_is_the_same(
         }
         for name, wanted in (("florence2", "whole"), ("florence2_invoices", "cut"), ("florence2_streets", "stub")):
             with Florence2Client(server.grpc_url, model=name) as asking:
-                assert asking.ask(PICTURE, PROMPT).token_ids.tolist() == answers[wanted]
+                assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers[wanted]
 
 
 def test_a_new_name_that_is_refused_does_not_keep_a_server_from_starting(
@@ -471,9 +471,9 @@ def test_a_repository_that_the_server_reads_elsewhere(
         gate.write_text("latency_requests: 0\nwatch_seconds: 0\n")
         assert main(["release", str(exports["cut"]), *options, "--gate", str(gate)]) == 0
         with client(server) as asking:
-            assert asking.ask(PICTURE, PROMPT).token_ids.tolist() == answers["cut"]
+            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["cut"]
             assert main(["rollback", *options]) == 0
-            assert asking.ask(PICTURE, PROMPT).token_ids.tolist() == answers["whole"]
+            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["whole"]
         capsys.readouterr()
         assert main(["releases", "--repository", str(repository), "--url", server.grpc_url]) == 0
         shown = capsys.readouterr().out.splitlines()
@@ -509,7 +509,7 @@ def test_the_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with client(server) as asking:
 
             def labels() -> list[str]:
-                return asking.ask(picture, "<OD>").value["labels"]
+                return asking.run("<OD>", picture).value["labels"]
 
             assert "stamp" not in labels()
             assert main(["release", str(tmp_path / "run"), *options, "--gate", str(gate)]) == 0

@@ -18,7 +18,7 @@ from florence2_client import Florence2Client
 with TritonServer("models") as server:
     server.wait_ready()
     with Florence2Client(f"127.0.0.1:{server.grpc_port}") as client:
-        print(client.ask(sys.argv[1], "<CAPTION>", max_new_tokens=3).to_json())
+        print(client.run("<CAPTION>", sys.argv[1], max_new_tokens=3).to_json())
 """
 
 

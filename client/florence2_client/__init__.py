@@ -1,5 +1,22 @@
-"""Call a served Florence-2: `Florence2Client("localhost:8001").ask("photo.jpg", "<OD>")`."""
+"""Call a Florence-2 server."""
 
-from florence2_client.client import Answer, Florence2Client, ServerRefused
+from florence2_client.asking import Settings
+from florence2_client.client import AsyncFlorence2Client, Florence2Client
+from florence2_client.coco import Coco
+from florence2_client.errors import ServerRefused
+from florence2_client.pictures import Image
+from florence2_client.results import CaptionedInstances, Instance, Instances, Result, Text
 
-__all__ = ["Answer", "Florence2Client", "ServerRefused"]
+__all__ = [
+    "AsyncFlorence2Client",
+    "CaptionedInstances",
+    "Coco",
+    "Florence2Client",
+    "Image",
+    "Instance",
+    "Instances",
+    "Result",
+    "ServerRefused",
+    "Settings",
+    "Text",
+]

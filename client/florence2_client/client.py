@@ -1,108 +1,234 @@
-"""One class for gRPC and HTTP: a picture and a prompt in, an answer out."""
+"""The clients: one that is awaited, and one that waits, which runs the first in a thread."""
 
-import contextlib
-import io
-import json
+import asyncio
+import concurrent.futures
 import os
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any, TypedDict, TypeVar, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from tritonclient.utils import InferenceServerException
+from florence2.prompts import task_of
+from florence2.tasks import Takes
+from florence2_client.asking import Detail, Settings, Tasks, caption_task, check, tensors
+from florence2_client.connection import Connection, Endpoint, File, Tensor
+from florence2_client.errors import ServerRefused
+from florence2_client.pictures import Image, again, encoded
+from florence2_client.results import CaptionedInstances, Instances, Text, read
 
-from florence2.images import decode
-from florence2.locations import to_text
+Answer = Text | Instances
+T = TypeVar("T")
 
-Picture = str | os.PathLike[str] | bytes | Image.Image
-"""A path, an encoded image file's bytes, or a PIL image."""
-
-# Triton's name of the type, and numpy's.
-_OPTIONS: dict[str, tuple[str, Any]] = {
-    "num_beams": ("INT32", np.int32),
-    "max_new_tokens": ("INT32", np.int32),
-    "no_repeat_ngram_size": ("INT32", np.int32),
-    "length_penalty": ("FP32", np.float32),
-    "early_stopping": ("BOOL", np.bool_),
-}
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 8.0
+"""Seconds, between two tries."""
 
 
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+class Options(TypedDict, total=False):
+    """What a client may be told beside its URL."""
+
+    model: str
+    timeout: float
+    retries: int
+    next_share: float
+    headers: Mapping[str, str] | None
+    ca: File | None
+    certificate: File | None
+    key: File | None
 
 
-class ServerRefused(RuntimeError):
-    """The server answered with an error, or not at all; `status` is Triton's code, such as INVALID_ARGUMENT or 400."""
-
-    def __init__(self, message: str, status: str | None) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model says of one picture."""
-
-    answer: dict[str, Any]
-    """`{task: value}` as HF's `post_process_generation`, with `scores`; coordinates in pixels of the picture sent."""
-    text: str
-    """The generated text, special tokens kept."""
-    token_ids: NDArray[np.int64]
-    """[L], decoder start included."""
-    token_logprobs: NDArray[np.float32]
-    """[L - 1], one per generated token."""
-    sequence_score: float
-    finish_reason: str
-    """"stop", or "length" if the limit on new tokens ended it."""
-    model_version: str
-    """The release that answered."""
-
-    @property
-    def value(self) -> Any:
-        """The answer without its key."""
-        return next(iter(self.answer.values()))
-
-    def to_json(self) -> str:
-        fields = {
-            "answer": self.answer,
-            "text": self.text,
-            "token_ids": self.token_ids.tolist(),
-            "token_logprobs": [round(float(value), 6) for value in self.token_logprobs],
-            "sequence_score": self.sequence_score,
-        }
-        return json.dumps(fields, ensure_ascii=False)
-
-
-class Florence2Client:
-    """A connection to one server. One object per thread; close it, or use it in a `with`."""
+class AsyncFlorence2Client(
+    Tasks[
+        Coroutine[Any, Any, Answer],
+        Coroutine[Any, Any, Text],
+        Coroutine[Any, Any, Instances],
+        Coroutine[Any, Any, CaptionedInstances],
+    ]
+):
+    """A server, asked from one event loop. Its connections are kept and shared by all requests: close it, or use it in
+    an `async with`. Cancelling a call cancels its request."""
 
     def __init__(
         self,
         url: str = "localhost:8001",
         *,
-        protocol: str = "grpc",
         model: str = "florence2",
         timeout: float = 300,
+        retries: int = 5,
         next_share: float = 0.0,
+        headers: Mapping[str, str] | None = None,
+        ca: File | None = None,
+        certificate: File | None = None,
+        key: File | None = None,
     ) -> None:
-        """`url`: HOST:PORT of the endpoint for `protocol`, "grpc" or "http"; `timeout`: seconds per request;
-        `next_share`: the share of requests that try the release that is looked at, where there is one, for half of the
-        timeout."""
-        if not 1e-6 <= timeout <= 1e9:  # whole microseconds, in 64 bits
-            raise ValueError(f"a timeout is seconds, finite and more than 0, not {timeout}")
+        """`url`: HOST:PORT, or grpc://HOST:PORT, for gRPC; grpcs:// for TLS; http:// and https:// for HTTP.
+
+        `timeout`: seconds for a call, tries and pauses included. `retries`: how often a request is sent again that
+        found the server busy or not there, after growing pauses. `headers` go with every request. With TLS, `ca` is a
+        file of the authorities to trust, `certificate` and `key` are who we are; all are PEM. `next_share`: the share
+        of requests that try the release that is looked at, where there is one, for half of the timeout.
+        """
+        _check_seconds(timeout)
         if not 0 <= next_share <= 1:
             raise ValueError(f"next_share is a part of the requests, from 0 to 1, not {next_share}")
-        self.next_share = next_share
-        self._triton = _protocol(protocol)
-        self._protocol = protocol
+        if retries < 0:
+            raise ValueError(f"retries is a number of times, 0 or more, not {retries}")
+        self._endpoint = Endpoint(url, headers, ca, certificate, key)
         self.url, self.model, self.timeout = url, model, timeout
-        options: dict[str, Any] = {}
-        if protocol == "http":
-            options = {"connection_timeout": timeout, "network_timeout": timeout}
-        self._client = self._triton.InferenceServerClient(url, **options)
+        self._retries, self._next_share = retries, next_share
+        self._connection: Connection | None = None
+
+    async def __aenter__(self) -> "AsyncFlorence2Client":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def run(
+        self,
+        prompt: str,
+        image: Image,
+        *,
+        region: Sequence[float] | None = None,
+        min_score: float | None = None,
+        **settings: Unpack[Settings],
+    ) -> Answer:
+        check(prompt, region, min_score, settings)
+        until = self._until(settings)
+        data = await _read(image, until)
+        return await self._run(prompt, data, again(image, data), region, min_score, settings, until)
+
+    async def run_tasks(
+        self,
+        prompts: Iterable[str],
+        image: Image,
+        *,
+        region: Sequence[float] | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Answer]:
+        """Several prompts about one picture, in their order. They are sent together, so that the server computes the
+        picture's features once; `region` goes to those that take one."""
+        regions = [(prompt, region if _takes_region(prompt) else None) for prompt in prompts]
+        for prompt, box in regions:
+            check(prompt, box, None, settings)
+        until = self._until(settings)
+        data = await _read(image, until)
+        kept = again(image, data)
+        asked = [
+            asyncio.create_task(self._run(prompt, data, kept, box, None, settings, until)) for prompt, box in regions
+        ]
+        try:
+            return list(await asyncio.gather(*asked))
+        finally:
+            for task in asked:
+                task.cancel()
+
+    async def caption_and_ground(
+        self, image: Image, detail: Detail = "short", *, min_score: float | None = None, **settings: Unpack[Settings]
+    ) -> CaptionedInstances:
+        ground = "<CAPTION_TO_PHRASE_GROUNDING>"
+        check(ground, None, min_score, settings)
+        task, until = caption_task(detail), self._until(settings)
+        data = await _read(image, until)
+        kept = again(image, data)
+        caption = await self._run(task, data, kept, None, None, settings, until)
+        found = await self._run(f"{ground}{caption}", data, kept, None, min_score, settings, until)
+        return CaptionedInstances(
+            **{one.name: getattr(found, one.name) for one in fields(found) if one.init}, caption=caption
+        )
+
+    async def run_many(
+        self,
+        asked: Iterable[tuple[str, Image]],
+        *,
+        in_flight: int = 8,
+        region: Sequence[float] | None = None,
+        min_score: float | None = None,
+        return_exceptions: bool = False,
+        **settings: Unpack[Settings],
+    ) -> AsyncIterator[Answer | Exception]:
+        """The answers to prompts and pictures, in their order; at most `in_flight` are with the server, and twice as
+        many in memory. `return_exceptions`: what failed is its exception, and the others go on."""
+        window: deque[asyncio.Task[Answer]] = deque()
+        try:
+            for prompt, image in asked:
+                run = self.run(prompt, image, region=region, min_score=min_score, **settings)
+                window.append(asyncio.create_task(run))
+                while busy := _busy(window, in_flight):
+                    await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
+                    while window and window[0].done():
+                        yield _outcome(window.popleft(), return_exceptions)
+            while window:
+                await asyncio.wait([window[0]])
+                yield _outcome(window.popleft(), return_exceptions)
+        finally:
+            for task in window:
+                task.cancel()
+
+    def _until(self, settings: Settings) -> float:
+        timeout = settings.get("timeout")
+        if timeout is None:
+            timeout = self.timeout
+        _check_seconds(timeout)
+        return time.monotonic() + timeout
+
+    async def _run(
+        self,
+        prompt: str,
+        data: bytes,
+        kept: Image,
+        region: Sequence[float] | None,
+        min_score: float | None,
+        settings: Settings,
+        until: float,
+    ) -> Any:
+        inputs = tensors(prompt, data, region, settings)
+        if random.random() < self._next_share:
+            # Whatever is wrong with it is no concern of who asks here.
+            with suppress(ServerRefused, LookupError, TypeError, ValueError):
+                return await self._once(f"{self.model}_next", inputs, kept, min_score, (until - time.monotonic()) / 2)
+        tried = 0
+        while True:
+            try:
+                return await self._once(self.model, inputs, kept, min_score, until - time.monotonic())
+            except ServerRefused as error:
+                # Half of it by chance, so that clients that were refused together don't come back together.
+                pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**tried) * random.uniform(0.5, 1)
+                if error.status != "UNAVAILABLE" or tried == self._retries or time.monotonic() + pause >= until:
+                    raise
+            await asyncio.sleep(pause)
+            tried += 1
+
+    async def _once(
+        self, model: str, inputs: Mapping[str, Tensor], kept: Image, min_score: float | None, seconds: float
+    ) -> Answer:
+        if self._connection is None:
+            self._connection = self._endpoint.connect()
+        result = read(await self._connection.infer(model, inputs, seconds), inputs["prompt"][1].item().decode(), kept)
+        return result if min_score is None or isinstance(result, Text) else result.at_least(min_score)
+
+
+class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
+    """A server, asked from any number of threads. Its connections are kept and shared by all requests: close it, or use
+    it in a `with`. A process that is forked makes its own.
+
+    Takes what AsyncFlorence2Client takes.
+    """
+
+    def __init__(self, url: str = "localhost:8001", **options: Unpack[Options]) -> None:
+        self._asking = AsyncFlorence2Client(url, **options)
+        self._process = os.getpid()
+        # At the latest when nobody has it any more, or at the interpreter's end.
+        self._end = weakref.finalize(self, _close, self._asking, self._process)
 
     def __enter__(self) -> "Florence2Client":
         return self
@@ -111,111 +237,123 @@ class Florence2Client:
         self.close()
 
     def close(self) -> None:
-        self._client.close()
+        self._end()
 
-    def ask(
+    def run(
         self,
-        image: Picture,
         prompt: str,
+        image: Image,
         *,
         region: Sequence[float] | None = None,
-        num_beams: int | None = None,
-        max_new_tokens: int | None = None,
-        no_repeat_ngram_size: int | None = None,
-        length_penalty: float | None = None,
-        early_stopping: bool | None = None,
+        min_score: float | None = None,
+        **settings: Unpack[Settings],
     ) -> Answer:
-        """Send one request and wait for its answer.
+        return self._wait(self._asking.run(prompt, image, region=region, min_score=min_score, **settings))
 
-        `region` is a box x1, y1, x2, y2 in pixels of the upright picture, for the tasks that ask about one. The other
-        settings are HF's; left out, the checkpoint's own hold. Raises ServerRefused.
-        """
-        data = _file(image)
-        if region is not None:
-            prompt += _region(region, data)
-        options = {
-            "num_beams": num_beams,
-            "max_new_tokens": max_new_tokens,
-            "no_repeat_ngram_size": no_repeat_ngram_size,
-            "length_penalty": length_penalty,
-            "early_stopping": early_stopping,
-        }
-        inputs = [
-            self._input("image", "BYTES", np.array([[data]], np.object_)),
-            self._input("prompt", "BYTES", np.array([[prompt.encode()]], np.object_)),
-            *(
-                self._input(name, datatype, np.array([[options[name]]], dtype))
-                for name, (datatype, dtype) in _OPTIONS.items()
-                if options[name] is not None
-            ),
-        ]
-        seconds = self.timeout
-        if random.random() < self.next_share:
-            seconds = self.timeout / 2
-            # Whatever is wrong with it is no concern of who asks here.
-            with contextlib.suppress(InferenceServerException, OSError, ValueError, KeyError, TypeError):
-                return self._answer(self._infer(f"{self.model}_next", inputs, seconds))
+    def run_tasks(
+        self,
+        prompts: Iterable[str],
+        image: Image,
+        *,
+        region: Sequence[float] | None = None,
+        **settings: Unpack[Settings],
+    ) -> list[Answer]:
+        """As AsyncFlorence2Client's."""
+        return self._wait(self._asking.run_tasks(prompts, image, region=region, **settings))
+
+    def caption_and_ground(
+        self, image: Image, detail: Detail = "short", *, min_score: float | None = None, **settings: Unpack[Settings]
+    ) -> CaptionedInstances:
+        return self._wait(self._asking.caption_and_ground(image, detail, min_score=min_score, **settings))
+
+    def run_many(
+        self,
+        asked: Iterable[tuple[str, Image]],
+        *,
+        in_flight: int = 8,
+        region: Sequence[float] | None = None,
+        min_score: float | None = None,
+        return_exceptions: bool = False,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Answer | Exception]:
+        """As AsyncFlorence2Client's."""
+        window: deque[concurrent.futures.Future[Answer]] = deque()
         try:
-            return self._answer(self._infer(self.model, inputs, seconds))
-        except InferenceServerException as error:
-            raise ServerRefused(f"{self.url}: {error.message()}", error.status()) from error
-        except OSError as error:
-            raise ServerRefused(f"{self.url}: {error}; is the server running?", None) from error
+            for prompt, image in asked:
+                run = self._asking.run(prompt, image, region=region, min_score=min_score, **settings)
+                window.append(self._start(run))
+                while busy := _busy(window, in_flight):
+                    concurrent.futures.wait(busy, return_when=concurrent.futures.FIRST_COMPLETED)
+                    while window and window[0].done():
+                        yield _outcome(window.popleft(), return_exceptions)
+            while window:
+                concurrent.futures.wait([window[0]])
+                yield _outcome(window.popleft(), return_exceptions)
+        finally:
+            for future in window:
+                future.cancel()
 
-    def _infer(self, model: str, inputs: list[Any], seconds: float) -> Any:
-        # The server is told, in microseconds, to give up when we do. Over HTTP the connection's timeout holds; gRPC has
-        # one per call.
-        timeout: dict[str, Any] = {"timeout": int(seconds * 1e6)}
-        if self._protocol == "grpc":
-            timeout["client_timeout"] = seconds
-        return self._client.infer(model, inputs, **timeout)
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+        if os.getpid() != self._process:
+            coroutine.close()
+            raise RuntimeError("this client was made before the process was forked: make one in every process")
+        return asyncio.run_coroutine_threadsafe(coroutine, _loop(self._process))
 
-    def _input(self, name: str, datatype: str, value: NDArray[Any]) -> Any:
-        tensor = self._triton.InferInput(name, list(value.shape), datatype)
-        tensor.set_data_from_numpy(value)
-        return tensor
-
-    def _answer(self, result: Any) -> Answer:
-        def first(name: str) -> Any:
-            return result.as_numpy(name)[0, 0]
-
-        response = result.get_response()
-        version = response["model_version"] if isinstance(response, dict) else response.model_version
-        return Answer(
-            answer=json.loads(first("answer")),
-            text=first("text").decode(),
-            token_ids=result.as_numpy("token_ids")[0],
-            token_logprobs=result.as_numpy("token_logprobs")[0],
-            sequence_score=float(first("sequence_score")),
-            finish_reason=first("finish_reason").decode(),
-            model_version=version,
-        )
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = self._start(coroutine)
+        try:
+            return future.result()
+        finally:
+            # Where it is not done, Ctrl-C has ended the wait.
+            future.cancel()
 
 
-def _protocol(name: str) -> ModuleType:
-    if name == "grpc":
-        import tritonclient.grpc as module
-    elif name == "http":
-        import tritonclient.http as module
-    else:
-        raise ValueError(f'protocol must be "grpc" or "http", not {name!r}')
-    return module
+_loops: dict[int, asyncio.AbstractEventLoop] = {}
+_starting = threading.Lock()
 
 
-def _region(box: Sequence[float], data: bytes) -> str:
-    if len(box) != 4 or not np.isfinite(box).all() or box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(f"a region is x1, y1, x2, y2 in pixels with x1 < x2 and y1 < y2, not {tuple(box)}")
-    return to_text(box, decode(data).size)
+def _loop(process: int) -> asyncio.AbstractEventLoop:
+    """Of all clients of a process that wait."""
+    with _starting:
+        if process not in _loops:
+            _loops[process] = asyncio.new_event_loop()
+            threading.Thread(target=_loops[process].run_forever, name="florence2_client", daemon=True).start()
+        return _loops[process]
 
 
-def _file(image: Picture) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, Image.Image):
-        buffer = io.BytesIO()
-        # PNG has no CMYK, YCbCr and the like; 16-bit grey must not be clipped by PIL's conversion.
-        as_png = image if image.mode in _PNG_MODES else image.convert("RGB")
-        as_png.save(buffer, format="PNG")
-        return buffer.getvalue()
-    with open(image, "rb") as file:
-        return file.read()
+def _close(asking: AsyncFlorence2Client, process: int) -> None:
+    if os.getpid() == process:
+        asyncio.run_coroutine_threadsafe(asking.close(), _loop(process)).result()
+
+
+def _busy(window: Collection[Any], in_flight: int) -> list[Any]:
+    """Which of these tasks or futures one has to wait for before another may be sent; none if there is room."""
+    if in_flight < 1:
+        raise ValueError(f"in_flight is a number of requests, 1 or more, not {in_flight}")
+    running = [one for one in window if not one.done()]
+    if len(window) >= 2 * in_flight:
+        return running[:1]
+    return running if len(running) >= in_flight else []
+
+
+def _outcome(done: Any, return_exceptions: bool) -> Any:
+    try:
+        return done.result()
+    except Exception as error:
+        if return_exceptions:
+            return error
+        raise
+
+
+async def _read(image: Image, until: float) -> bytes:
+    return await asyncio.to_thread(encoded, image, until - time.monotonic())
+
+
+def _takes_region(prompt: str) -> bool:
+    task = task_of(prompt)
+    return task is not None and task.takes is Takes.REGION and "<loc_" not in prompt
+
+
+def _check_seconds(timeout: float) -> None:
+    if not 1e-6 <= timeout <= 1e9:  # whole microseconds, in 64 bits
+        raise ValueError(f"a timeout is seconds, finite and more than 0, not {timeout}")

@@ -130,14 +130,14 @@ class Rollout:
             yield
         except ServerRefused as error:
             self.triton.check()
-            if error.status is None or "UNAVAILABLE" in error.status or "DEADLINE" in error.status:
+            if error.status in ("UNAVAILABLE", "DEADLINE_EXCEEDED"):
                 raise RuntimeError(f"{error}; give the same command again when the server is less busy") from error
             raise self._refuse(release, str(error)) from error
 
     def _warm_up(self, release: Release) -> None:
         with self._asking(release), self._client(release.name + NEXT) as client:
             for prompt in WARM_UP:
-                answer = client.ask(_drawing(), prompt)
+                answer = client.run(prompt, _drawing())
                 if answer.model_version != str(release.number):
                     raise self._refuse(release, f"version {answer.model_version} answered in its place")
 
@@ -222,7 +222,7 @@ class Rollout:
                     # Another picture each time: the two may share a vision encoder, and it remembers.
                     picture = _drawing(time.time_ns())
                     started = time.monotonic()
-                    clients[name].ask(picture, "<CAPTION>")
+                    clients[name].run("<CAPTION>", picture)
                     times[name].append(time.monotonic() - started)
         before = median(times[release.name]) if release.name in times else None
         return median(times[release.name + NEXT]), before

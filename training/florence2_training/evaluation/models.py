@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
@@ -209,37 +208,29 @@ class ServedModel:
         return _without_problems(self._answers(asked), report)
 
     def _answers(self, asked: Iterable[Question]) -> Iterator[Prediction | Problem]:
-        clients: SimpleQueue[Florence2Client] = SimpleQueue()
-        for _ in range(self.in_flight):
-            clients.put(self._connect())
         waiting: deque[Future[Prediction | Problem]] = deque()
-        with ThreadPoolExecutor(self.in_flight) as threads:
+        with self._connect() as client, ThreadPoolExecutor(self.in_flight) as threads:
             try:
                 for question in asked:
-                    waiting.append(threads.submit(self._ask, clients, question))
+                    waiting.append(threads.submit(self._ask, client, question))
                     while len(waiting) >= 2 * self.in_flight or (waiting and waiting[0].done()):
                         yield waiting.popleft().result()
                 while waiting:
                     yield waiting.popleft().result()
             finally:
                 threads.shutdown(cancel_futures=True)
-                while not clients.empty():
-                    clients.get().close()
 
-    def _ask(self, clients: "SimpleQueue[Florence2Client]", question: Question) -> Prediction | Problem:
-        client = clients.get()
+    def _ask(self, client: Florence2Client, question: Question) -> Prediction | Problem:
         try:
             data = read_picture(question.image)
             size = decode(data).size
-            answer = client.ask(data, question.prompt, **self._overrides)
+            answer = client.run(question.prompt, data, **self._overrides)
         except ValueError as error:
             return problem(question, error)
         except ServerRefused as error:
-            if error.status == "StatusCode.INVALID_ARGUMENT":
+            if error.status == "INVALID_ARGUMENT":
                 return problem(question, error)
             raise ServerRefused(f"{question.image}, {question.prompt}: {error}", error.status) from None
-        finally:
-            clients.put(client)
         return predicted(question, size, answer.text, answer.answer, answer.token_ids, answer.token_logprobs)
 
 
