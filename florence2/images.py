@@ -67,6 +67,9 @@ def upright_size(data: bytes, limits: Limits = Limits()) -> tuple[int, int]:
     """(width, height) of the picture that `decode` gives, from the file's head. Raises InvalidRequest as that does, but
     for damage further on."""
     with _opened(data, limits) as image:
+        if image.format == "TIFF":
+            # PIL turns these itself as it loads them, and tells the size of after that before.
+            return decode(data, limits).size
         turn = _turn(image)
         return (image.height, image.width) if turn in _SIDEWAYS else image.size
 

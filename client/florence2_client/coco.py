@@ -18,13 +18,12 @@ class Coco:
         self._categories: dict[str, int] = {}
 
     def add(self, file_name: str, size: tuple[int, int], instances: "Iterable[Instance]") -> None:
-        """`size`: width and height of the upright picture. What has no point is left out."""
+        """`size`: width and height of the upright picture."""
         width, height = size
         number = len(self._images) + 1
         self._images.append({"id": number, "file_name": file_name, "width": width, "height": height})
         for instance in instances:
-            if not np.isnan(instance.box).any():
-                self._annotations.append(self._annotation(number, instance))
+            self._annotations.append(self._annotation(number, instance))
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         categories = [{"id": number, "name": name} for name, number in self._categories.items()]

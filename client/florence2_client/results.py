@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import PIL.Image
+import PIL.ImageDraw
 from numpy.typing import NDArray
 
 from florence2.answers import at_least, instances
@@ -32,7 +33,7 @@ class Instance:
     score: float
     """0 to 1: exp of the mean log-probability of its location tokens."""
     box: Box
-    """Around it; NaN where the model's polygon has no point."""
+    """Around it."""
     quad: tuple[float, ...] | None = None
     """x, y of four corners, of text that was read."""
     polygons: tuple[tuple[float, ...], ...] | None = None
@@ -99,12 +100,14 @@ class Text(Result):
 
 @dataclass(frozen=True, eq=False)
 class Instances(Result, Sequence[Instance]):
-    """An answer of boxes, quads or polygons: a sequence of them, in the model's order."""
+    """An answer of boxes, quads or polygons: a sequence of them, in the model's order, without polygons that the model
+    gave no point."""
 
     _rows: tuple[Instance, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_rows", tuple(_instance(*row) for row in instances(self.value)))
+        rows = (_instance(*row) for row in instances(self.value))
+        object.__setattr__(self, "_rows", tuple(row for row in rows if row is not None))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -201,19 +204,18 @@ def read(reply: Reply, prompt: str, image: Image) -> Text | Instances:
     )
 
 
-def _instance(kind: str, shape: list[Any], label: str, score: float) -> Instance:
+def _instance(kind: str, shape: list[Any], label: str, score: float) -> Instance | None:
     if kind == "bboxes":
         x1, y1, x2, y2 = shape
         return Instance(label, score, (x1, y1, x2, y2))
     if kind == "quad_boxes":
         return Instance(label, score, _around([shape]), quad=tuple(shape))
-    return Instance(label, score, _around(shape), polygons=tuple(tuple(outline) for outline in shape))
+    outlines = tuple(tuple(outline) for outline in shape if outline)
+    return Instance(label, score, _around(outlines), polygons=outlines) if outlines else None
 
 
 def _around(outlines: Sequence[Sequence[float]]) -> Box:
     points = np.array([number for outline in outlines for number in outline], np.float64).reshape(-1, 2)
-    if not len(points):
-        return (np.nan,) * 4
     (x1, y1), (x2, y2) = points.min(0).tolist(), points.max(0).tolist()
     return (x1, y1, x2, y2)
 
