@@ -82,6 +82,7 @@ class Tasks(Generic[Answered, Said, Found, Captioned]):
         return self._ask(prompt, image, min_score=min_score, **settings)
 
     def caption(self, image: Image, detail: Detail = "short", **settings: Unpack[Settings]) -> Said:
+        """What the picture shows: `<CAPTION>`, `<DETAILED_CAPTION>` or `<MORE_DETAILED_CAPTION>`."""
         return self._ask(caption_task(detail), image, **settings)
 
     def ocr(self, image: Image, region: Sequence[float] | None = None, **settings: Unpack[Settings]) -> Said:
@@ -108,9 +109,11 @@ class Tasks(Generic[Answered, Said, Found, Captioned]):
         return self._ask("<REGION_TO_SEGMENTATION>", image, region=what, min_score=min_score, **settings)
 
     def describe_region(self, image: Image, region: Sequence[float], **settings: Unpack[Settings]) -> Said:
+        """What a box shows, in a phrase or sentence."""
         return self._ask("<REGION_TO_DESCRIPTION>", image, region=region, **settings)
 
     def categorize_region(self, image: Image, region: Sequence[float], **settings: Unpack[Settings]) -> Said:
+        """The kind of thing that a box shows."""
         return self._ask("<REGION_TO_CATEGORY>", image, region=region, **settings)
 
     def propose_regions(self, image: Image, *, min_score: float | None = None, **settings: Unpack[Settings]) -> Found:
