@@ -18,6 +18,8 @@ from florence2.errors import InvalidRequest
 
 # PIL opens what many phones write under the name .jpg, MPO, as JPEG.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+"""Of files in these formats."""
 PIL_MEGAPIXELS = 178
 """PIL opens nothing larger than twice its MAX_IMAGE_PIXELS."""
 _DATA_URL = re.compile(rb"\s{0,8}data:[\w/+.;=-]{0,100};base64,", re.IGNORECASE)

@@ -13,31 +13,50 @@ class Coco:
     """Pictures and their instances, one after the other; everything is numbered from 1."""
 
     def __init__(self) -> None:
+        self._rows = CocoRows()
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
-        self._categories: dict[str, int] = {}
 
     def add(self, file_name: str, size: tuple[int, int], instances: "Iterable[Instance]") -> None:
         """`size`: width and height of the upright picture."""
-        width, height = size
-        number = len(self._images) + 1
-        self._images.append({"id": number, "file_name": file_name, "width": width, "height": height})
-        for instance in instances:
-            self._annotations.append(self._annotation(number, instance))
+        image, annotations = self._rows.add(file_name, size, instances)
+        self._images.append(image)
+        self._annotations += annotations
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
-        categories = [{"id": number, "name": name} for name, number in self._categories.items()]
-        return {"images": self._images, "annotations": self._annotations, "categories": categories}
+        return {"images": self._images, "annotations": self._annotations, "categories": self._rows.categories}
 
-    def _annotation(self, image: int, instance: "Instance") -> dict[str, Any]:
+
+class CocoRows:
+    """What the lists of a COCO file hold, of one picture after the other; only the categories are kept."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self._images = self._annotations = 0
+
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        return [{"id": number, "name": name} for name, number in self._numbers.items()]
+
+    def add(
+        self, file_name: str, size: tuple[int, int], instances: "Iterable[Instance]"
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The picture's row of images, and its annotations."""
+        width, height = size
+        self._images += 1
+        image = {"id": self._images, "file_name": file_name, "width": width, "height": height}
+        return image, [self._annotation(instance) for instance in instances]
+
+    def _annotation(self, instance: "Instance") -> dict[str, Any]:
         x1, y1, x2, y2 = instance.box
         outlines = instance.polygons or ((instance.quad,) if instance.quad else ())
         # A segmentation's part has three points or more (pycocotools, frPyObjects).
         parts = [list(outline) for outline in outlines if len(outline) >= 6]
+        self._annotations += 1
         annotation = {
-            "id": len(self._annotations) + 1,
-            "image_id": image,
-            "category_id": self._categories.setdefault(instance.label, len(self._categories) + 1),
+            "id": self._annotations,
+            "image_id": self._images,
+            "category_id": self._numbers.setdefault(instance.label, len(self._numbers) + 1),
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "area": sum(map(_area, parts)) if parts else (x2 - x1) * (y2 - y1),
             "iscrowd": 0,

@@ -106,8 +106,7 @@ class Instances(Result, Sequence[Instance]):
     _rows: tuple[Instance, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        rows = (_instance(*row) for row in instances(self.value))
-        object.__setattr__(self, "_rows", tuple(row for row in rows if row is not None))
+        object.__setattr__(self, "_rows", tuple(read_instances(self.value)))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -202,6 +201,12 @@ def read(reply: Reply, prompt: str, image: Image) -> Text | Instances:
         model_version=reply.model_version,
         image=image,
     )
+
+
+def read_instances(value: dict[str, Any]) -> Iterator[Instance]:
+    """Of an answer without its key."""
+    rows = (_instance(*row) for row in instances(value))
+    return (row for row in rows if row is not None)
 
 
 def _instance(kind: str, shape: list[Any], label: str, score: float) -> Instance | None:

@@ -7,7 +7,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-COMMANDS = ("export", "tensorrt", "release", "rollback", "releases", "serve", "ask", "train", "merge", "eval", "data")
+COMMANDS = (
+    *("export", "tensorrt", "release", "rollback", "releases", "serve"),
+    *("ask", "label", "train", "merge", "eval", "data"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ from florence2.errors import InvalidRequest
 from florence2.images import FORMATS, decode
 from florence2.locations import Size
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _ON_THEIR_SIDE = (5, 6, 7, 8)
 """EXIF orientations whose upright picture has width and height exchanged (florence2.images)."""
 _TEXT_OR_EXIF = (b"eXIf", b"zTXt", b"tEXt", b"iTXt")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+from florence2.images import SUFFIXES
 from florence2_training.data.markup import numbers
-from florence2_training.data.pictures import SUFFIXES
 from florence2_training.data.record import Problem, Region, Sample
 
 _EDGES = (("xmin", -1), ("ymin", -1), ("xmax", 0), ("ymax", 0))

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from florence2_training.data.pictures import SUFFIXES
+from florence2.images import SUFFIXES
 from florence2_training.data.record import Problem, Region, Sample, Text
 
 _SPLITS = ("train", "val", "valid", "test")
