@@ -41,8 +41,8 @@ _HTTP_STATUS = {
 # gRPC answers in the server's place where it finds none.
 _GRPC_ALONE = re.compile(r"failed to connect|connection|socket|name resolution|DNS", re.IGNORECASE)
 
-# Given any, tritonclient leaves out its own, of which the first two are. gRPC would let a second and more go by before it
-# connects anew, and every try until then fails.
+# Given any, tritonclient leaves out its own, of which the first two are. gRPC would let a second and more go by before
+# it connects anew, and every try until then fails.
 _CHANNEL = {
     "grpc.max_send_message_length": 2**31 - 1,
     "grpc.max_receive_message_length": 2**31 - 1,
