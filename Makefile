@@ -1,6 +1,7 @@
 # make        builds .venv          make test   all tests, the real server's included
 # make demo   the whole way, live   make lint   ruff, format check, mypy
 # make soak   proofs that take longer than CI allows
+# make perf_analyzer   Triton's load generator, for florence2 bench
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
@@ -13,7 +14,7 @@ SOURCES := $(PACKAGES) export/to_onnx.py export/to_tensorrt.py model_repository 
 # saves gigabytes: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make
 TORCH := torch==2.13.0
 
-.PHONY: all demo test lint soak clean
+.PHONY: all demo test lint soak perf_analyzer clean
 all: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -39,6 +40,22 @@ lint: .venv/installed
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy $(PACKAGES)
+
+# The wheel of the server's own release, which runs on glibc 2.36, and the CUDA library that it links. Needs libb64-0d.
+perf_analyzer: var/perf_analyzer/perf_analyzer
+var/perf_analyzer/perf_analyzer: .venv/installed
+	rm -rf $(@D) && mkdir -p $(@D)/wheels
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --platform manylinux1_x86_64 --platform manylinux2014_x86_64 \
+		--dest $(@D)/wheels tritonclient==2.51.0 nvidia-cuda-runtime-cu12==12.9.79
+	for wheel in $(@D)/wheels/*.whl; do $(BIN)/python -m zipfile --extract $$wheel $(@D)/wheels || exit 1; done
+	mv $(@D)/wheels/tritonclient-*.data/data/bin/perf_analyzer $(@D)/perf_analyzer.bin
+	mv $(@D)/wheels/nvidia/cuda_runtime/lib/libcudart.so.12 $(@D)
+	rm -r $(@D)/wheels
+	printf '%s\n' '#!/bin/sh' 'here=$$(dirname "$$(readlink -f "$$0")")' \
+		'LD_LIBRARY_PATH="$$here$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" exec "$$here/perf_analyzer.bin" "$$@"' > $@.sh
+	chmod +x $@.sh $(@D)/perf_analyzer.bin
+	$@.sh --version || { echo "apt install libb64-0d, then make perf_analyzer again"; exit 1; }
+	mv $@.sh $@
 
 clean:
 	rm -rf .venv var

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from queue import Full, Queue
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 # Triton puts this module on the path of its Python stubs; tests put a fake there.
@@ -13,6 +13,7 @@ import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
 from florence2.errors import Cancelled, InvalidRequest, Unavailable
+from florence2.generation.engine import TIMES
 
 Tensors = Mapping[str, NDArray[Any]]
 
@@ -100,13 +101,20 @@ class Worker:
     once took 6 s instead of 0.5.
     """
 
-    def __init__(self, answer: Callable[[Tensors], Tensors], given: Mapping[str, str], at_once: int = 1) -> None:
+    def __init__(
+        self,
+        answer: Callable[[Tensors], Tensors],
+        given: Mapping[str, str],
+        at_once: int = 1,
+        metrics: "Metrics | None" = None,
+    ) -> None:
         """`given`: the model's parameters, of which max_waiting and timeout_seconds are read. `at_once` requests are
-        answered at the same time."""
+        answered at the same time. `metrics`: of TIMES, closed by `stop`."""
         self._answer = answer
+        self._metrics, self._figures, self._lock = metrics, dict.fromkeys(TIMES, 0.0), Lock()
         self._timeout = float(given["timeout_seconds"])
         max_waiting = at_least_one(given, "max_waiting")
-        self._waiting: Queue[tuple[dict[str, NDArray[Any]], Responder, float] | None] = Queue(max_waiting)
+        self._waiting: Queue[tuple[dict[str, NDArray[Any]], Responder, float, float] | None] = Queue(max_waiting)
         self._threads = [Thread(target=self._run, name="worker", daemon=True) for _ in range(at_once)]
         for thread in self._threads:
             thread.start()
@@ -115,7 +123,8 @@ class Worker:
         """Never waits. A full list answers UNAVAILABLE."""
         responder = Responder(request)
         try:
-            self._waiting.put_nowait((inputs(request), responder, deadline(request, self._timeout)))
+            until = deadline(request, self._timeout)
+            self._waiting.put_nowait((inputs(request), responder, until, time.monotonic()))
         except Full:
             responder(Unavailable(f"{self._waiting.maxsize} requests are waiting already; try again later"))
         except Exception as error:
@@ -127,12 +136,15 @@ class Worker:
             self._waiting.put(None)
         for thread in self._threads:
             thread.join()
+        if self._metrics:
+            self._metrics.close()
 
     def _run(self) -> None:
         while item := self._waiting.get():
-            tensors, responder, until = item
+            tensors, responder, until, came = item
+            began = time.monotonic()
             try:
-                if time.monotonic() >= until:
+                if began >= until:
                     raise Unavailable("the request's time was over before its turn; allow more, or try again later")
                 answer: Tensors | Exception = self._answer(tensors)
             except Exception as error:
@@ -143,6 +155,17 @@ class Worker:
                 responder(answer)
             except Exception as error:
                 pb_utils.Logger.log_error(f"an answer could not be delivered: {error!r}")
+            self._count(began - came, time.monotonic() - began)
+
+    def _count(self, *seconds: float) -> None:
+        """`seconds`: of one request, in the order of TIMES."""
+        if not self._metrics:
+            return
+        with self._lock:
+            for name, more in zip(TIMES, seconds, strict=True):
+                self._figures[name] += more
+            if self._metrics.are_due() or self._waiting.empty():
+                self._metrics.try_report(self._figures)
 
 
 class Metrics:
@@ -180,6 +203,13 @@ class Metrics:
                 self._counted[name] = figures[name]
             else:
                 metric.set(figures[name])
+
+    def try_report(self, figures: Mapping[str, float]) -> None:
+        """Figures that can't be reported stop nothing."""
+        try:
+            self.report(figures)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"metrics could not be reported: {error!r}")
 
     def close(self) -> None:
         """In `finalize`: Triton's stub crashes when they go after what it keeps them in (24.10)."""

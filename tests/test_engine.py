@@ -516,6 +516,8 @@ def test_counters_and_figures(served: Served, clock: Clock) -> None:
         "florence2_decoder_seconds_total": 0.25,
         "florence2_first_tokens_total": 2,
         "florence2_first_token_seconds_total": 1.5,
+        "florence2_waiting_seconds_total": 0,
+        "florence2_running_seconds_total": 0,
         "florence2_requests_running": 2,
         "florence2_requests_waiting": 1,
         "florence2_rows_used": 5,
@@ -529,6 +531,9 @@ def test_counters_and_figures(served: Served, clock: Clock) -> None:
     assert (counters.encoder_seconds, counters.decoder_seconds) == (1.0, 1.0)
     # The third one waited until the first was done, for another second.
     assert (counters.first_tokens, counters.first_token_seconds) == (3, 1.5 + 2.0)
+    # Until after an encoder pass and three steps; then it had one of each.
+    assert counters.waiting_seconds == 1.25
+    assert counters.running_seconds == 1.25 + 1.0 + 0.75
     figures = served.engine.figures()
     # Since the last report: two steps of the first two requests, one of the third.
     assert figures["florence2_tokens_per_step"] == pytest.approx(4 / 3)

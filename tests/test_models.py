@@ -237,7 +237,9 @@ WORKERS: dict[str, tuple[Callable[..., Request], Callable[[Any], tuple[Any, str]
 
 @pytest.mark.parametrize("name", WORKERS)
 def test_a_full_list_refuses_at_once_and_answers_those_on_it(repository: Path, name: str) -> None:
-    model = load_model(repository, name, max_waiting=2)
+    # Two at a time would take a third request on, sooner or later.
+    one_at_a_time = {"at_once": 1} if name == "vision_encoder" else {}
+    model = load_model(repository, name, max_waiting=2, **one_at_a_time)
     good, busy = WORKERS[name]
     running, waiting, refused = good(), [good(), good()], [good(), good()]
     with held(*busy(model)) as called:
@@ -511,6 +513,23 @@ def test_metrics(repository: Path, prepared: list[Tensors], demo_export: Path, m
     for name in ("requests_running", "requests_waiting", "rows_used"):
         assert gauge(f"florence2_{name}") == 0
     assert gauge("florence2_rows_free") == 24
+
+
+@pytest.mark.parametrize("name", ["preprocess", "vision_encoder"])
+def test_times_of_models_that_answer_later(repository: Path, name: str) -> None:
+    asked = [request(png(), "<OD>"), request(b"<html>", "<OD>")]
+    if name == "vision_encoder":
+        (ready,) = run(load_model(repository, "preprocess"), asked[:1])
+        asked = [Request(pixels=ready.tensors()["pixels"][0])] * 2
+    model = load_model(repository, name)
+    with held(model.worker, "_answer") as called:
+        submit(model, [asked[0]])
+        assert called.wait(HANGS)
+        time.sleep(0.05)
+    asked[0].answer()
+    fake_triton.finalize(model)
+    assert gauge("florence2_running_seconds_total", name) >= 0.05
+    assert gauge("florence2_waiting_seconds_total", name) >= 0
 
 
 def test_without_metrics_requests_are_answered(

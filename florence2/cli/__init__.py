@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     *("export", "tensorrt", "release", "rollback", "releases", "serve"),
-    *("ask", "label", "train", "merge", "eval", "data"),
+    *("ask", "label", "bench", "train", "merge", "eval", "data"),
 )
 
 

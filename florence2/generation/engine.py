@@ -37,6 +37,11 @@ class Runner(Protocol):
         """It won't be decoded any more, or never was ready to be."""
 
 
+TIMES = {
+    "florence2_waiting_seconds_total": "Time that requests have waited in the model for their turn",
+    "florence2_running_seconds_total": "Time from a request's turn in the model to its answer",
+}
+"""Counters that preprocess and vision_encoder have too: Triton's own stop when a request is handed over."""
 COUNTERS = {
     "florence2_steps_total": "Steps of the decoder",
     "florence2_tokens_total": "Tokens decoded: one per step of every request, whatever its beams",
@@ -44,6 +49,7 @@ COUNTERS = {
     "florence2_decoder_seconds_total": "Time in the decoder graph",
     "florence2_first_tokens_total": "Requests that got their first token",
     "florence2_first_token_seconds_total": "Time from a request's arrival at the engine to its first token",
+    **TIMES,
 }
 GAUGES = {
     "florence2_requests_running": "Requests that share the steps",
@@ -65,6 +71,8 @@ class Counters:
     decoder_seconds: float = 0.0
     first_tokens: int = 0
     first_token_seconds: float = 0.0
+    waiting_seconds: float = 0.0
+    running_seconds: float = 0.0
 
 
 class Engine:
@@ -110,6 +118,10 @@ class Engine:
     def _admit(self) -> list[Request]:
         with self._changed:
             admitted = self.scheduler.admit()
+        now = time.perf_counter()
+        for request in admitted:
+            request.admitted = now
+            self.counters.waiting_seconds += now - request.submitted
         return self._drop_cancelled(admitted)
 
     def _drop_cancelled(self, requests: list[Request]) -> list[Request]:
@@ -173,6 +185,8 @@ class Engine:
     def _retire(self, request: Request, answer: Generation | Exception) -> None:
         with self._changed:
             self.scheduler.remove(request)
+        if request.admitted is not None:
+            self.counters.running_seconds += time.perf_counter() - request.admitted
         try:
             self.runner.release(request)
         finally:
@@ -227,6 +241,8 @@ class Engine:
             "florence2_decoder_seconds_total": now.decoder_seconds,
             "florence2_first_tokens_total": now.first_tokens,
             "florence2_first_token_seconds_total": now.first_token_seconds,
+            "florence2_waiting_seconds_total": now.waiting_seconds,
+            "florence2_running_seconds_total": now.running_seconds,
             "florence2_requests_running": len(self.scheduler.running),
             "florence2_requests_waiting": len(self.scheduler.waiting),
             "florence2_rows_used": used,

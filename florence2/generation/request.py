@@ -31,6 +31,8 @@ class Request:
     search: Selection = field(init=False)
     submitted: float = field(init=False, default=0.0)
     """When the engine got it, on `time.perf_counter`'s clock."""
+    admitted: float | None = field(init=False, default=None)
+    """When its turn came, on the same clock."""
 
     def __post_init__(self) -> None:
         self.search = start(self.settings)

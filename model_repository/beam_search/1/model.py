@@ -96,12 +96,8 @@ class TritonPythonModel:
         self.engine.counters = counters
 
     def report(self):
-        if not (self.metrics.are_due() or self.engine.is_idle):
-            return
-        try:
-            self.metrics.report(self.engine.figures())
-        except Exception as error:
-            pb_utils.Logger.log_error(f"metrics could not be reported: {error!r}")
+        if self.metrics.are_due() or self.engine.is_idle:
+            self.metrics.try_report(self.engine.figures())
 
     def is_ready(self):
         return self.thread.is_alive()

@@ -4,10 +4,11 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from florence2.errors import InvalidRequest
+from florence2.generation.engine import TIMES
 from florence2.images import Limits, Resizer, decode
 from florence2.manifest import ModelSettings, read_json
 from florence2.prompts import PromptEncoder
-from florence2.triton import Worker, parameters, version_folder
+from florence2.triton import Metrics, Worker, parameters, version_folder
 
 
 class TritonPythonModel:
@@ -18,7 +19,7 @@ class TritonPythonModel:
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.prompts = PromptEncoder(tokenizer, ModelSettings.read(folder).sizes)
-        self.worker = Worker(self.answer, given)
+        self.worker = Worker(self.answer, given, metrics=Metrics(args, TIMES, {}))
 
     def execute(self, requests):
         for request in requests:

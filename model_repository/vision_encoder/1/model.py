@@ -5,8 +5,9 @@ from collections import OrderedDict
 from concurrent.futures import Future
 from threading import Lock
 
+from florence2.generation.engine import TIMES
 from florence2.generation.sessions import session
-from florence2.triton import Worker, at_least_one, parameters, version_folder
+from florence2.triton import Metrics, Worker, at_least_one, parameters, version_folder
 
 
 class TritonPythonModel:
@@ -17,7 +18,7 @@ class TritonPythonModel:
         )
         self.kept = int(given["recent_pictures"])
         self.recent, self.lock = OrderedDict(), Lock()
-        self.worker = Worker(self.answer, given, at_least_one(given, "at_once"))
+        self.worker = Worker(self.answer, given, at_least_one(given, "at_once"), Metrics(args, TIMES, {}))
 
     def execute(self, requests):
         for request in requests:
