@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from florence2.images import FORMATS
+from florence2.images import FORMATS, SUFFIXES
 from florence2.prompts import parse
 from florence2.tasks import TASKS, Takes
 
@@ -31,8 +29,7 @@ class Asked:
 def pictures_in(folder: Path, most: int) -> list[Path]:
     """Its picture files, those in folders of it included, by name; where there are more than `most`, so many, spread
     over all. ValueError if there is none."""
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise ValueError(f"there is no picture in {folder}: name a folder of {', '.join(FORMATS)} files")
     return found if len(found) <= most else [found[place * len(found) // most] for place in range(most)]
