@@ -2,6 +2,7 @@
 # make demo   the whole way, live   make lint   ruff, format check, mypy
 # make soak   proofs that take longer than CI allows
 # make perf_analyzer   Triton's load generator, for florence2 bench
+# make screenshots     of the page, into docs/images
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
@@ -14,7 +15,7 @@ SOURCES := $(PACKAGES) export/to_onnx.py export/to_tensorrt.py model_repository 
 # saves gigabytes: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make
 TORCH := torch==2.13.0
 
-.PHONY: all demo test lint soak perf_analyzer clean
+.PHONY: all demo test lint screenshots soak perf_analyzer clean
 all: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -35,6 +36,10 @@ test: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/pytest -m soak -s
+
+screenshots: .venv/installed
+	mkdir -p docs/images
+	FLORENCE2_SCREENSHOTS=$(CURDIR)/docs/images $(BIN)/pytest tests/test_ui.py
 
 lint: .venv/installed
 	$(BIN)/ruff check $(SOURCES)

@@ -16,15 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_question(parser: argparse.ArgumentParser) -> None:
-    """What is asked of a picture, and whom."""
+    """What is asked of a picture, and who is asked."""
     parser.add_argument("prompt", metavar="PROMPT", help='a task, such as "<OD>", with its text if it takes one')
-    parser.add_argument(
-        "--url",
-        default="localhost:8001",
-        metavar="HOST:PORT",
-        help="gRPC endpoint, default %(default)s; grpcs://, http:// and https:// go before it",
-    )
-    parser.add_argument("--model", default="florence2", help="the ensemble's name, default %(default)s")
+    add_server(parser)
     parser.add_argument(
         *("--region", "-r"),
         type=float,
@@ -35,6 +29,17 @@ def add_question(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-score", type=float, metavar="S", help="leave out boxes of a lower score, from 0 to 1")
     parser.add_argument("--num-beams", type=int, metavar="N", help="1 is greedy; left out, these are the checkpoint's")
     parser.add_argument("--max-new-tokens", type=int, metavar="N")
+
+
+def add_server(parser: argparse.ArgumentParser) -> None:
+    """Who is asked."""
+    parser.add_argument(
+        "--url",
+        default="localhost:8001",
+        metavar="HOST:PORT",
+        help="gRPC endpoint, default %(default)s; grpcs://, http:// and https:// go before it",
+    )
+    parser.add_argument("--model", default="florence2", help="the ensemble's name, default %(default)s")
 
 
 def question(args: argparse.Namespace) -> dict[str, Any]:
