@@ -1,4 +1,4 @@
-# NVIDIA's Triton with this package beside it; docker/README.md says how to build and run it.
+# NVIDIA's Triton with this package beside it; docs/docker.md says how to build and run it.
 
 # The full image: the python, onnxruntime and tensorrt backends. 26.09 is Triton 2.73 on CUDA 13, as the onnxruntime-gpu
 # of the lock, and its Python is 3.12, as the lock allows.

@@ -1,5 +1,6 @@
 """The command line: help that imports nothing heavy, errors in one line."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ assert not heavy, heavy
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for command in COMMANDS:
-        assert f"\n    {command} " in done.stdout
+        assert re.search(rf"^    {command}\b", done.stdout, re.MULTILINE)
 
 
 def test_errors_are_one_line_and_verbose_adds_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

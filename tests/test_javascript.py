@@ -428,8 +428,8 @@ def test_the_example_answers_as_we_do(
     np.testing.assert_allclose(answer["bboxes"], ours["bboxes"], atol=1e-3)
 
 
-def test_the_readmes_commands(done: Path, node: Node, tmp_path: Path) -> None:
-    page = (ROOT / "export" / "README.md").read_text().split("## For JavaScript")[1].split("\n## ")[0]
+def test_the_pages_commands(done: Path, node: Node, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "export.md").read_text().split("## For JavaScript")[1].split("\n## ")[0]
     export_it, ask_it = (block.strip() for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL))
     assert " --layout transformers.js " in export_it
     enter, install, ask = ask_it.splitlines()

@@ -53,7 +53,7 @@ def _tensorrt() -> Any:
     except ImportError:
         raise ValueError(
             "TensorRT's Python package is missing: pip install 'tensorrt' in the version of the server's image "
-            "(docker/README.md), or run this in that image"
+            "(docs/docker.md), or run this in that image"
         ) from None
     return tensorrt
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = (
     *("export", "tensorrt", "release", "rollback", "releases", "serve"),
-    *("ask", "ui", "label", "bench", "train", "merge", "eval", "data"),
+    *("ask", "label", "ui", "bench", "train", "merge", "eval", "data", "completion"),
 )
 
 

@@ -298,5 +298,5 @@ def _check_backends(repository: Path) -> None:
         if needed not in ("python", "ensemble"):
             raise ServerError(
                 f"{path} is for Triton's backend {needed!r}, which nvidia-pytriton's server lacks: serve in NVIDIA's "
-                "image (docker/README.md), or with --profile cuda-python or cpu"
+                "image (docs/docker.md), or with --profile cuda-python or cpu"
             )
