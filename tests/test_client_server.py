@@ -255,6 +255,17 @@ def test_a_model_that_is_not_there(server: TritonServer, url: str) -> None:
     assert told.value.status == "NOT_FOUND"
 
 
+def test_an_answer_of_the_response_cache_that_lacks_outputs_is_told(demo_export: Path, tmp_path: Path) -> None:
+    with serve(demo_export, tmp_path, cache_size=2**26) as caching:
+        with grpc.InferenceServerClient(caching.grpc_url) as connection:
+            inputs = tensors(image=SCENE.read_bytes(), prompt=b"<CAPTION>")
+            connection.infer("florence2", inputs, outputs=[grpc.InferRequestedOutput("answer")])
+        with Florence2Client(caching.grpc_url, retries=0) as asking:
+            with pytest.raises(ServerRefused, match="response cache"):
+                asking.caption(SCENE)
+            assert asking.detect(SCENE).model_version == "1"
+
+
 # --- TLS and restricted endpoints ---
 
 

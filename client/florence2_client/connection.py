@@ -164,7 +164,14 @@ class Connection:
             raise
         response = result.get_response()
         version = response["model_version"] if isinstance(response, dict) else response.model_version
-        return Reply(version, {name: result.as_numpy(name)[0] for name in _OUTPUTS})
+        outputs = {name: result.as_numpy(name) for name in _OUTPUTS}
+        if missing := [name for name, values in outputs.items() if values is None]:
+            message = (
+                f"an answer without {', '.join(missing)}: the response cache holds what the first of identical requests "
+                "named; name all outputs or none in every client, or serve without --response-cache"
+            )
+            raise refused(url, message, "INTERNAL")
+        return Reply(version, {name: values[0] for name, values in outputs.items()})
 
     async def close(self) -> None:
         await self._client.close()
