@@ -167,7 +167,7 @@ class Connection:
         outputs = {name: result.as_numpy(name) for name in _OUTPUTS}
         if missing := [name for name, values in outputs.items() if values is None]:
             message = (
-                f"an answer without {', '.join(missing)}: the response cache holds what the first of identical requests "
+                f"an answer without {', '.join(missing)}: the response cache holds what the first of equal requests "
                 "named; name all outputs or none in every client, or serve without --response-cache"
             )
             raise refused(url, message, "INTERNAL")
