@@ -1,11 +1,17 @@
 """The client without a server: what it takes for a picture, what it refuses, when it tries again."""
 
 import asyncio
+import gc
 import http.server
 import io
 import multiprocessing
+import os
+import pickle
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +55,9 @@ def test_a_grey_array_and_a_16_bit_image_keep_their_values() -> None:
     assert (np.asarray(decode(encoded(deep)))[..., 0] == grey).all()
 
 
-@pytest.mark.parametrize("given", [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), 7, io.StringIO("text")], ids=str)
+@pytest.mark.parametrize(
+    "given", [np.zeros((4, 4, 3)), np.zeros((4, 4, 2), np.uint8), 7, io.StringIO("text")], ids=type
+)
 def test_what_is_no_picture_is_refused_with_what_is(given: Any) -> None:
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\]|give a path, a URL, bytes"):
         encoded(given)
@@ -62,14 +70,18 @@ class Site(http.server.BaseHTTPRequestHandler):
             "/moved": lambda: self._send(302, b"", Location="/scene.png"),
             "/to-a-file": lambda: self._send(302, b"", Location=f"file://{PICTURE}"),
             "/endless": lambda: self._send(200, bytes(51 * 10**6)),
+            "/a%20b.png": lambda: self._send(200, PICTURE.read_bytes()),
+            "/%C3%A4.png": lambda: self._send(200, PICTURE.read_bytes()),
+            "/short": lambda: self._send(200, PICTURE.read_bytes(), claims=10**6),
+            "/garbled": lambda: self.wfile.write(b"no HTTP at all\r\n\r\n") and None,
         }
         answers.get(self.path, lambda: self._send(404, b""))()
 
-    def _send(self, status: int, body: bytes, **headers: str) -> None:
+    def _send(self, status: int, body: bytes, claims: int | None = None, **headers: str) -> None:
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(claims or len(body)))
         self.end_headers()
         try:
             self.wfile.write(body)
@@ -89,11 +101,19 @@ def site() -> Iterator[str]:
 
 
 def test_urls_are_fetched_by_the_client(site: str) -> None:
-    assert encoded(f"{site}/scene.png") == encoded(f"{site}/moved") == PICTURE.read_bytes()
+    for path in ("scene.png", "moved", "a b.png", "a%20b.png", "ä.png"):
+        assert encoded(f"{site}/{path}") == PICTURE.read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("path", "reason"), [("/none.png", "404"), ("/to-a-file", "file"), ("/endless", "more than 50 MB")]
+    ("path", "reason"),
+    [
+        ("/none.png", "404"),
+        ("/to-a-file", "file"),
+        ("/endless", "more than 50 MB"),
+        ("/short", "bytes early"),
+        ("/garbled", "no HTTP"),
+    ],
 )
 def test_urls_that_give_no_picture(site: str, path: str, reason: str) -> None:
     with pytest.raises((OSError, ValueError), match=reason) as told:
@@ -144,6 +164,10 @@ def test_a_region_needs_a_picture_to_be_a_region_of() -> None:
         (lambda client: client.detect(PICTURE, timeout=0), "finite and more than 0"),
         (lambda client: list(client.run_many([("<OD>", PICTURE)], in_flight=0)), "in_flight is a number"),
         (lambda client: client.run_tasks(["<OD>", "<OCR>"], PICTURE, num_beams=1.5j), "num_beams"),
+        (lambda client: client.run_tasks("<OD>", PICTURE), "a list of texts"),
+        (lambda client: client.ocr(PICTURE, (5000, 10, 6000, 20)), "no pixel of the picture"),
+        (lambda client: client.ocr(PICTURE, (0.1, 0.1, 0.5, 0.5)), "no pixel of the picture"),
+        (lambda client: client.ocr(PICTURE, "abcd"), "could not convert"),
     ],
 )
 def test_arguments_that_cannot_be(call: Callable[[Florence2Client], Any], reason: str) -> None:
@@ -319,7 +343,7 @@ def test_many_come_in_order_with_at_most_so_many_under_way(script: Any) -> None:
 
     with Florence2Client(NOWHERE) as asking:
         for number, answer in enumerate(asking.run_many(asked(), in_flight=4)):
-            assert answer.prompt == f"<CAPTION>{number}"  # type: ignore[union-attr]
+            assert answer.prompt == f"<CAPTION>{number}"
             assert read <= number + 9
     assert number == 59
     assert played.most == 4
@@ -331,7 +355,7 @@ def test_many_awaited(script: Any) -> None:
     async def ask() -> list[str]:
         async with AsyncFlorence2Client(NOWHERE) as asking:
             asked = ((f"<CAPTION>{number}", b"x") for number in range(20))
-            return [answer.prompt async for answer in asking.run_many(asked, in_flight=3)]  # type: ignore[union-attr]
+            return [answer.prompt async for answer in asking.run_many(asked, in_flight=3)]
 
     assert asyncio.run(ask()) == [f"<CAPTION>{number}" for number in range(20)]
     assert played.most == 3
@@ -357,6 +381,86 @@ def test_who_stops_reading_cancels_the_rest(script: Any) -> None:
         answers.close()
         asking._wait(asyncio.sleep(0.05))
         assert played.running == 0
+
+
+def test_what_is_done_comes_before_more_is_read(script: Any) -> None:
+    script()
+    read = []
+
+    def asked() -> Iterator[tuple[str, bytes]]:
+        for number in range(20):
+            read.append(number)
+            yield "<CAPTION>", b"x"
+            time.sleep(0.02)
+
+    with Florence2Client(NOWHERE) as asking:
+        next(asking.run_many(asked(), in_flight=8))
+        assert len(read) < 4
+
+
+def test_a_closed_client_says_so(script: Any) -> None:
+    script()
+    asking = Florence2Client(NOWHERE)
+    asking.caption(b"x")
+    asking.close()
+    asking.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        asking.caption(b"x")
+
+
+def test_garbage_collected_clients_stop_nobody(script: Any) -> None:
+    """Where the collector runs in the thread that all clients share, too."""
+    script()
+    kept = Florence2Client(NOWHERE)
+
+    async def drop() -> None:
+        class Service:
+            def __init__(self) -> None:
+                self.client, self.itself = Florence2Client(NOWHERE), self
+
+        service = Service()
+        await service.client._asking.caption(b"x")
+        del service
+        gc.collect()
+
+    kept._start(drop()).result(timeout=60)
+    assert kept._start(kept._asking.run("<CAPTION>", b"x")).result(timeout=60)
+    kept.close()
+
+
+def test_who_forgets_to_close_ends_all_the_same() -> None:
+    code = f"""
+from florence2_client import Florence2Client, ServerRefused
+unused, used = Florence2Client("{NOWHERE}"), Florence2Client("http://{NOWHERE}", retries=0)
+try:
+    used.caption({str(PICTURE)!r})
+except ServerRefused as refused:
+    print(refused.status)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("UNAVAILABLE\n", "", 0)
+
+
+def test_a_client_of_another_event_loop_says_so(script: Any) -> None:
+    script()
+    asking = AsyncFlorence2Client(NOWHERE)
+    asyncio.run(asking.caption(b"x"))
+    with pytest.raises(RuntimeError, match="another event loop"):
+        asyncio.run(asking.caption(b"x"))
+
+
+def test_refusals_come_through_worker_processes() -> None:
+    refused = pickle.loads(pickle.dumps(ServerRefused("no room", "UNAVAILABLE")))
+    assert (str(refused), refused.status) == ("no room", "UNAVAILABLE")
+
+
+def test_reading_a_picture_stays_within_the_timeout(script: Any, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with Florence2Client(NOWHERE) as asking:
+        with pytest.raises(TimeoutError, match="not read within the timeout"):
+            asking.run("<CAPTION>", tmp_path / "pipe.png", timeout=0.1)
+        # Lets the thread that reads go.
+        (tmp_path / "pipe.png").open("wb").close()
 
 
 def test_threads_share_a_client(script: Any) -> None:

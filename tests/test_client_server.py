@@ -28,6 +28,7 @@ from florence2_release.server import TritonServer
 from PIL import Image
 from serving import ENDLESS, HANGS, PROMPTS, counts, figures, serve, tensors, wait_until
 from tritonclient import grpc
+from tritonclient.utils import InferenceServerException
 
 from florence2.locations import to_text
 
@@ -259,11 +260,41 @@ def test_an_answer_of_the_response_cache_that_lacks_outputs_is_told(demo_export:
     with serve(demo_export, tmp_path, cache_size=2**26) as caching:
         with grpc.InferenceServerClient(caching.grpc_url) as connection:
             inputs = tensors(image=SCENE.read_bytes(), prompt=b"<CAPTION>")
-            connection.infer("florence2", inputs, outputs=[grpc.InferRequestedOutput("answer")])
+            some = [grpc.InferRequestedOutput(name) for name in ("answer", "token_ids")]
+            connection.infer("florence2", inputs, outputs=some)
         with Florence2Client(caching.grpc_url, retries=0) as asking:
             with pytest.raises(ServerRefused, match="response cache"):
                 asking.caption(SCENE)
             assert asking.detect(SCENE).model_version == "1"
+
+
+OUTPUTS = ["answer", "text", "token_ids", "token_logprobs", "sequence_score", "finish_reason"]
+
+
+@pytest.mark.parametrize(
+    ("named", "is_answered"),
+    [
+        (OUTPUTS, True),
+        (OUTPUTS[:3], True),
+        (OUTPUTS[2:], True),
+        (OUTPUTS[:1], False),
+        (OUTPUTS[:2], False),
+        (OUTPUTS[2:3], False),
+    ],
+    ids=str,
+)
+def test_a_client_that_names_outputs(server: TritonServer, named: list[str], is_answered: bool) -> None:
+    """What docs/limits.md says of them: Triton's ensemble scheduler counts outputs that another step reads wrongly."""
+    inputs = tensors(image=SCENE.read_bytes(), prompt=b"<CAPTION>")
+    with grpc.InferenceServerClient(server.grpc_url) as connection:
+        try:
+            found = connection.infer("florence2", inputs, outputs=[grpc.InferRequestedOutput(name) for name in named])
+        except InferenceServerException as error:
+            assert not is_answered
+            assert "unexpected deadlock" in str(error)  # noqa: PT017
+        else:
+            assert is_answered
+            assert {output.name for output in found.get_response().outputs} == set(named)
 
 
 # --- TLS and restricted endpoints ---

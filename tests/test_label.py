@@ -252,3 +252,12 @@ def test_memory_does_not_grow_with_the_pictures(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 20 * 100_000
+
+
+def test_the_source_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = tmp_path / "pictures.jsonl"
+    listed.write_text('{"image": "a.png"}')
+    for name in ("pictures.jsonl", "pictures.parquet"):
+        assert main(["label", str(listed), "<OD>", "-o", str(tmp_path / name)]) == 1
+        assert "is the source itself" in capsys.readouterr().err
+    assert listed.read_text() == '{"image": "a.png"}'

@@ -139,9 +139,7 @@ def check(prompt: str, region: Sequence[float] | None, min_score: float | None, 
     """What can be refused before anything is read. Raises ValueError, TypeError for settings that there are not."""
     if not isinstance(prompt, str):
         raise ValueError(f'a prompt is a text such as "<OD>", not {type(prompt).__name__}')
-    unknown = settings.keys() - _OPTIONS.keys() - {"timeout"}
-    if unknown:
-        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join((*_OPTIONS, 'timeout'))}")
+    check_settings(settings)
     task = task_of(prompt)
     if min_score is not None and not 0 <= min_score <= 1:
         raise ValueError(f"min_score is from 0 to 1, not {min_score}")
@@ -152,14 +150,30 @@ def check(prompt: str, region: Sequence[float] | None, min_score: float | None, 
     if task is None or task.takes is not Takes.REGION:
         names = ", ".join(token for token, task in TASKS.items() if task.takes is Takes.REGION)
         raise ValueError(f"{prompt!r} takes no region; these do: {names}")
-    if len(region) != 4 or not np.isfinite(region).all() or region[0] >= region[2] or region[1] >= region[3]:
+    if (
+        len(region) != 4
+        or not np.isfinite(np.asarray(region, np.float64)).all()
+        or region[0] >= region[2]
+        or region[1] >= region[3]
+    ):
         raise ValueError(f"a region is x1, y1, x2, y2 in pixels with x1 < x2 and y1 < y2, not {tuple(region)}")
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises TypeError for those that there are not."""
+    unknown = settings.keys() - _OPTIONS.keys() - {"timeout"}
+    if unknown:
+        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; there are {', '.join((*_OPTIONS, 'timeout'))}")
 
 
 def tensors(prompt: str, data: bytes, region: Sequence[float] | None, settings: Settings) -> dict[str, Tensor]:
     """The ensemble's inputs. Raises ValueError."""
     if region is not None:
-        prompt += to_text(region, upright_size(data))
+        size = upright_size(data)
+        x1, y1, x2, y2 = region
+        if x1 >= size[0] or y1 >= size[1] or x2 < 1 or y2 < 1:
+            raise ValueError(f"the region {tuple(region)} has no pixel of the picture, {size[0]} x {size[1]}")
+        prompt += to_text(region, size)
     made = {"image": tensor("BYTES", np.object_, data), "prompt": tensor("BYTES", np.object_, prompt.encode())}
     for name, (datatype, dtype) in _OPTIONS.items():
         value = settings.get(name)

@@ -1,6 +1,7 @@
 """The clients: one that is awaited, and one that waits, which runs the first in a thread."""
 
 import asyncio
+import atexit
 import concurrent.futures
 import os
 import random
@@ -8,14 +9,14 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Collection, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from florence2.prompts import task_of
 from florence2.tasks import Takes
-from florence2_client.asking import Detail, Settings, Tasks, caption_task, check, tensors
+from florence2_client.asking import Detail, Settings, Tasks, caption_task, check, check_settings, tensors
 from florence2_client.connection import Connection, Endpoint, File, Tensor
 from florence2_client.errors import ServerRefused
 from florence2_client.pictures import Image, again, encoded
@@ -50,7 +51,7 @@ class AsyncFlorence2Client(
     ]
 ):
     """A server, asked from one event loop. Its connections are kept and shared by all requests: close it, or use it in
-    an `async with`. Cancelling a call cancels its request."""
+    an `async with`. Cancelling a call ends the wait for its answer; the server works on until the request's timeout."""
 
     def __init__(
         self,
@@ -81,6 +82,12 @@ class AsyncFlorence2Client(
         self.url, self.model, self.timeout = url, model, timeout
         self._retries, self._next_share = retries, next_share
         self._connection: Connection | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.is_closed = False
+
+    @property
+    def is_connected(self) -> bool:
+        return self._connection is not None
 
     async def __aenter__(self) -> "AsyncFlorence2Client":
         return self
@@ -89,6 +96,8 @@ class AsyncFlorence2Client(
         await self.close()
 
     async def close(self) -> None:
+        """Requests under way are refused as CANCELLED."""
+        self.is_closed = True
         connection, self._connection = self._connection, None
         if connection is not None:
             await connection.close()
@@ -117,6 +126,8 @@ class AsyncFlorence2Client(
     ) -> list[Answer]:
         """Several prompts about one picture, in their order. They are sent together, so that the server computes the
         picture's features once; `region` goes to those that take one."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts are a list of texts, not the text {prompts!r}")
         regions = [(prompt, region if _takes_region(prompt) else None) for prompt in prompts]
         for prompt, box in regions:
             check(prompt, box, None, settings)
@@ -155,18 +166,24 @@ class AsyncFlorence2Client(
         min_score: float | None = None,
         return_exceptions: bool = False,
         **settings: Unpack[Settings],
-    ) -> AsyncIterator[Answer | Exception]:
+    ) -> AsyncGenerator[Answer | Any, None]:
         """The answers to prompts and pictures, in their order; at most `in_flight` are with the server, and twice as
         many in memory. `return_exceptions`: what failed is its exception, and the others go on."""
+        _check_many(in_flight, settings)
         window: deque[asyncio.Task[Answer]] = deque()
         try:
             for prompt, image in asked:
                 run = self.run(prompt, image, region=region, min_score=min_score, **settings)
                 window.append(asyncio.create_task(run))
-                while busy := _busy(window, in_flight):
-                    await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
-                    while window and window[0].done():
+                # Lets it start, however long the next one is in coming.
+                await asyncio.sleep(0)
+                while window:
+                    if window[0].done():
                         yield _outcome(window.popleft(), return_exceptions)
+                    elif busy := _busy(window, in_flight):
+                        await asyncio.wait(busy, return_when=asyncio.FIRST_COMPLETED)
+                    else:
+                        break
             while window:
                 await asyncio.wait([window[0]])
                 yield _outcome(window.popleft(), return_exceptions)
@@ -211,15 +228,19 @@ class AsyncFlorence2Client(
     async def _once(
         self, model: str, inputs: Mapping[str, Tensor], kept: Image, min_score: float | None, seconds: float
     ) -> Answer:
+        if self.is_closed:
+            raise RuntimeError("this client is closed: make another")
         if self._connection is None:
-            self._connection = self._endpoint.connect()
+            self._connection, self._loop = self._endpoint.connect(), asyncio.get_running_loop()
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError("this client belongs to another event loop: make one in each, or take Florence2Client")
         result = read(await self._connection.infer(model, inputs, seconds), inputs["prompt"][1].item().decode(), kept)
         return result if min_score is None or isinstance(result, Text) else result.at_least(min_score)
 
 
 class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
     """A server, asked from any number of threads. Its connections are kept and shared by all requests: close it, or use
-    it in a `with`. A process that is forked makes its own.
+    it in a `with`. Another process makes its own; one that was forked after gRPC was used can take http:// only.
 
     Takes what AsyncFlorence2Client takes.
     """
@@ -227,8 +248,10 @@ class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
     def __init__(self, url: str = "localhost:8001", **options: Unpack[Options]) -> None:
         self._asking = AsyncFlorence2Client(url, **options)
         self._process = os.getpid()
-        # At the latest when nobody has it any more, or at the interpreter's end.
-        self._end = weakref.finalize(self, _close, self._asking, self._process)
+        self.url, self.model, self.timeout = self._asking.url, self._asking.model, self._asking.timeout
+        # For those that nobody closes.
+        self._end = weakref.finalize(self, _close_later, self._asking, self._process)
+        _clients.add(self)
 
     def __enter__(self) -> "Florence2Client":
         return self
@@ -237,7 +260,12 @@ class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
         self.close()
 
     def close(self) -> None:
-        self._end()
+        """Requests under way are refused as CANCELLED."""
+        self._end.detach()
+        if self._asking.is_connected:
+            self._wait(self._asking.close())
+        else:
+            self._asking.is_closed = True
 
     def run(
         self,
@@ -275,17 +303,21 @@ class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
         min_score: float | None = None,
         return_exceptions: bool = False,
         **settings: Unpack[Settings],
-    ) -> Iterator[Answer | Exception]:
+    ) -> Generator[Answer | Any, None, None]:
         """As AsyncFlorence2Client's."""
+        _check_many(in_flight, settings)
         window: deque[concurrent.futures.Future[Answer]] = deque()
         try:
             for prompt, image in asked:
                 run = self._asking.run(prompt, image, region=region, min_score=min_score, **settings)
                 window.append(self._start(run))
-                while busy := _busy(window, in_flight):
-                    concurrent.futures.wait(busy, return_when=concurrent.futures.FIRST_COMPLETED)
-                    while window and window[0].done():
+                while window:
+                    if window[0].done():
                         yield _outcome(window.popleft(), return_exceptions)
+                    elif busy := _busy(window, in_flight):
+                        concurrent.futures.wait(busy, return_when=concurrent.futures.FIRST_COMPLETED)
+                    else:
+                        break
             while window:
                 concurrent.futures.wait([window[0]])
                 yield _outcome(window.popleft(), return_exceptions)
@@ -310,26 +342,36 @@ class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
 
 _loops: dict[int, asyncio.AbstractEventLoop] = {}
 _starting = threading.Lock()
+_clients: "weakref.WeakSet[Florence2Client]" = weakref.WeakSet()
 
 
 def _loop(process: int) -> asyncio.AbstractEventLoop:
     """Of all clients of a process that wait."""
     with _starting:
         if process not in _loops:
-            _loops[process] = asyncio.new_event_loop()
-            threading.Thread(target=_loops[process].run_forever, name="florence2_client", daemon=True).start()
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=loop.run_forever, name="florence2_client", daemon=True).start()
+            _loops[process] = loop
         return _loops[process]
 
 
-def _close(asking: AsyncFlorence2Client, process: int) -> None:
-    if os.getpid() == process:
-        asyncio.run_coroutine_threadsafe(asking.close(), _loop(process)).result()
+def _close_later(asking: AsyncFlorence2Client, process: int) -> None:
+    """In whatever thread collects garbage, the loop's own perhaps: so without a wait and without a lock."""
+    loop = _loops.get(process)
+    if asking.is_connected and loop is not None and os.getpid() == process:
+        asyncio.run_coroutine_threadsafe(asking.close(), loop)
+
+
+@atexit.register
+def _close_all() -> None:
+    for client in list(_clients):
+        # Whatever is wrong now, nobody is there to be told.
+        with suppress(Exception):
+            client.close()
 
 
 def _busy(window: Collection[Any], in_flight: int) -> list[Any]:
     """Which of these tasks or futures one has to wait for before another may be sent; none if there is room."""
-    if in_flight < 1:
-        raise ValueError(f"in_flight is a number of requests, 1 or more, not {in_flight}")
     running = [one for one in window if not one.done()]
     if len(window) >= 2 * in_flight:
         return running[:1]
@@ -346,12 +388,23 @@ def _outcome(done: Any, return_exceptions: bool) -> Any:
 
 
 async def _read(image: Image, until: float) -> bytes:
-    return await asyncio.to_thread(encoded, image, until - time.monotonic())
+    seconds = until - time.monotonic()
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.to_thread(encoded, image, seconds)
+    except TimeoutError as error:
+        raise TimeoutError(f"the picture was not read within the timeout: {error or image!r}") from error
 
 
 def _takes_region(prompt: str) -> bool:
     task = task_of(prompt)
     return task is not None and task.takes is Takes.REGION and "<loc_" not in prompt
+
+
+def _check_many(in_flight: int, settings: Settings) -> None:
+    if in_flight < 1:
+        raise ValueError(f"in_flight is a number of requests, 1 or more, not {in_flight}")
+    check_settings(settings)
 
 
 def _check_seconds(timeout: float) -> None:

@@ -50,6 +50,9 @@ _CHANNEL = {
     "grpc.max_reconnect_backoff_ms": 1000,
 }
 
+# Where gRPC was used first. A process that is forked from that one crashes in gRPC's C core.
+_grpc_in: dict[str, int] = {}
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -79,9 +82,8 @@ class Endpoint:
             raise ValueError(f"ca, certificate and key are for TLS: write grpcs:// or https://, not {self.url!r}")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("certificate and key belong together")
-        for file in (self.ca, self.certificate, self.key):
-            if file is not None:
-                open(file, "rb").close()
+        if self._has_tls:
+            self._context()
 
     @property
     def protocol(self) -> str:
@@ -106,6 +108,8 @@ class Endpoint:
     def _grpc(self) -> "Connection":
         import tritonclient.grpc.aio as triton
 
+        if _grpc_in.setdefault("process", os.getpid()) != os.getpid():
+            raise RuntimeError("gRPC was used before this process was forked: take http://, or spawn processes")
         client = triton.InferenceServerClient(
             self.address,
             ssl=self._has_tls,
@@ -119,20 +123,24 @@ class Endpoint:
     def _http(self) -> "Connection":
         import tritonclient.http.aio as triton
 
-        context = None
-        if self._has_tls:
-            context = ssl.create_default_context(cafile=self.ca)
-            if self.certificate is not None:
-                context.load_cert_chain(self.certificate, self.key)
         client = triton.InferenceServerClient(
             self.address,
             # None of aiohttp's own limits: the server bounds the requests, and `infer` the time.
             conn_limit=0,
             conn_timeout=None,
             ssl=self._has_tls,
-            ssl_context=context,
+            ssl_context=self._context() if self._has_tls else None,
         )
         return Connection(self, triton, client)
+
+    def _context(self) -> ssl.SSLContext:
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.certificate is not None:
+                context.load_cert_chain(self.certificate, self.key)
+        except ssl.SSLError as error:
+            raise ValueError(f"ca, certificate and key are PEM files: {error}") from error
+        return context
 
 
 class Connection:
@@ -149,14 +157,21 @@ class Connection:
                 result = await self._client.infer(
                     model,
                     self._inputs(tensors),
-                    headers=dict(self._endpoint.headers or {}),
+                    # gRPC takes no others than lower case; HTTP takes any for the same.
+                    headers={name.lower(): value for name, value in (self._endpoint.headers or {}).items()},
                     # Microseconds; 0 is Triton's word for no limit.
                     timeout=max(1, int(seconds * 1e6)),
                 )
         except InferenceServerException as error:
             raise self._refused(error) from error
         except TimeoutError as error:
-            raise refused(url, f"no answer in {seconds:.3g} s", "DEADLINE_EXCEEDED") from error
+            raise refused(url, "no answer within the timeout", "DEADLINE_EXCEEDED") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            # gRPC's word for a channel that was closed under it.
+            raise refused(url, "the client was closed while it waited", "CANCELLED") from error
         except Exception as error:
             # OSError, and what aiohttp makes of connections that end in the middle.
             if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):

@@ -20,6 +20,10 @@ class ServerRefused(RuntimeError):
         super().__init__(message)
         self.status = status
 
+    def __reduce__(self) -> tuple[type["ServerRefused"], tuple[str, str]]:
+        # For worker processes: exceptions are pickled with `args` alone.
+        return ServerRefused, (str(self), self.status)
+
 
 def refused(url: str, message: str, status: str, reached: bool = True) -> ServerRefused:
     """With what to do about it, where the server does not say: `reached` tells whether it was the server who spoke."""

@@ -1,11 +1,13 @@
 """Everything that counts as a picture, as the bytes of an encoded image file."""
 
+import http.client
 import io
 import os
 import time
 import urllib.error
 import urllib.request
 from typing import BinaryIO
+from urllib.parse import quote
 
 import numpy as np
 import PIL.Image
@@ -15,10 +17,13 @@ from florence2.images import Limits
 
 Image = str | os.PathLike[str] | bytes | PIL.Image.Image | NDArray[np.uint8] | BinaryIO
 """A path; a str that starts with http:// or https://, which the client fetches; an encoded file's bytes; a PIL image;
-u8 [H, W, 3] RGB, [H, W, 4] RGBA or [H, W] grey; a file object that is open for reading bytes."""
+u8 [H, W, 3] RGB, [H, W, 4] RGBA or [H, W] grey; a file object that is open for reading bytes. Files are turned upright
+by their EXIF; a PIL image and an array are taken as they are."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 _CHUNK = 2**16
+_IN_URLS = "!#$%&'()*+,/:;=?@[]~"
+"""What stays as it is: all that RFC 3986 allows, escapes that are there already included."""
 
 
 def encoded(image: Image, seconds: float = 300) -> bytes:
@@ -71,19 +76,21 @@ def _from_array(pixels: NDArray[np.uint8]) -> PIL.Image.Image:
 def _fetch(url: str, seconds: float) -> bytes:
     limit, until = int(Limits().megabytes * 1e6), time.monotonic() + seconds
     # Some sites refuse urllib's own name.
-    request = urllib.request.Request(url, headers={"User-Agent": "florence2-triton"})
-    data = b""
+    request = urllib.request.Request(quote(url, safe=_IN_URLS), headers={"User-Agent": "florence2-triton"})
+    data = bytearray()
     try:
         with _opener().open(request, timeout=seconds) as response:
-            while chunk := response.read(_CHUNK):
+            while chunk := response.read1(_CHUNK):
                 data += chunk
                 if len(data) > limit:
                     raise ValueError(f"{url} has more than {limit / 1e6:g} MB, which is what the server takes")
                 if time.monotonic() > until:
                     raise TimeoutError(f"not fetched in {seconds:g} s")
-    except OSError as error:
+            if response.length:
+                raise OSError(f"it ended {response.length} bytes early")
+    except (OSError, http.client.HTTPException) as error:
         raise OSError(f"{url}: {error}") from error
-    return data
+    return bytes(data)
 
 
 def _opener() -> urllib.request.OpenerDirector:

@@ -177,7 +177,7 @@ def _answers(args: argparse.Namespace, asked: list["Asked"]) -> list[str]:
     with Florence2Client(args.url, model=args.model) as client:
         pairs = ((one.prompt, one.picture) for one in asked)
         found = client.run_many(pairs, num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
-        return [answer.text for answer in found if not isinstance(answer, Exception)]
+        return [answer.text for answer in found]
 
 
 def _of_file(args: argparse.Namespace) -> tuple[dict[str, Any], "Runs"]:

@@ -68,7 +68,10 @@ def _here(args: argparse.Namespace, source: "Source", job: "Job") -> "Labelled":
 
     if "://" in args.output:
         raise ValueError(f"{args.output} is elsewhere, where --ray can write; name a file here")
-    failed = 0
+    output, failed = Path(args.output), 0
+    for path in (output, output.with_suffix(".jsonl")):
+        if path.exists() and os.path.exists(args.source) and path.samefile(args.source):
+            raise ValueError(f"{path} is the source itself; name another file")
 
     def show(done: int, row: dict[str, Any] | None) -> None:
         nonlocal failed
@@ -88,7 +91,7 @@ def _here(args: argparse.Namespace, source: "Source", job: "Job") -> "Labelled":
         tqdm(total=len(source), unit=" pictures", disable=None) as bar,
     ):
         try:
-            return label(source, job, Path(args.output), client, in_flight=args.in_flight, progress=show)
+            return label(source, job, output, client, in_flight=args.in_flight, progress=show)
         except ServerRefused as error:
             if error.status in ("INVALID_ARGUMENT", "NOT_FOUND"):
                 raise

@@ -78,7 +78,7 @@ def sweep(
 
 def _told(run: Run) -> str:
     if run.outcome.figures is None:
-        return f"     {run.failed} requests failed: {run.outcome.errors[0]}"
+        return f"     {run.failed} requests failed: {next(iter(run.outcome.errors), 'perf_analyzer gave no figures')}"
     figures = run.outcome.figures
     unstable = "" if run.outcome.stable else ", unstable"
     return (
