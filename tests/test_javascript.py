@@ -380,8 +380,8 @@ def test_transformers_js_in_8_bits(
     prompts: list[np.ndarray],
     generations: list[dict[str, Any]],
 ) -> None:
-    """The tokens that the same files give in Python. A batch has others: activations share a scale. Node has another
-    ONNX Runtime, whose kernels are another processor's on some machines: one near tie may fall another way."""
+    """The tokens that the same files give in Python. A batch has others: activations share a scale. There near ties fall
+    another way on some processors: Node's ONNX Runtime is another release."""
     runner = GreedyRunner(done, SUFFIXES["int8"], threads=1)
     values = pixel_values(pictures, checkpoint.preprocessor)
     answers = [
@@ -391,8 +391,10 @@ def test_transformers_js_in_8_bits(
     answers += runner.generate(values, *padded(prompts), settings)
     found = tokens_on_node(node, done, generations, "int8", wasm=False)
     wanted = [answer.token_ids for answer in answers]
+    single = len(prompts)
+    assert found[:single] == wanted[:single]
     assert [row[:3] for row in found] == [row[:3] for row in wanted]
-    assert sum(row == same for row, same in zip(found, wanted, strict=True)) >= len(wanted) - 1
+    assert sum(row == same for row, same in zip(found, wanted, strict=True)) >= single + 3
 
 
 def test_transformers_js_in_8_bits_on_webassembly(
