@@ -380,8 +380,8 @@ def test_transformers_js_in_8_bits(
     prompts: list[np.ndarray],
     generations: list[dict[str, Any]],
 ) -> None:
-    """The tokens that the same files give in Python. A batch has others: activations share a scale. There near ties fall
-    another way on some processors: Node's ONNX Runtime is another release."""
+    """The tokens that the same files give in Python. A batch has others: activations share a scale. There near ties
+    fall another way on some processors: Node's ONNX Runtime is another release."""
     runner = GreedyRunner(done, SUFFIXES["int8"], threads=1)
     values = pixel_values(pictures, checkpoint.preprocessor)
     answers = [
