@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT
-from florence2_client import AsyncFlorence2Client, Florence2Client, ServerRefused, client
+from florence2_client import AsyncFlorence2Client, Florence2Client, ServerRefused, client, connection
 from florence2_client.connection import Endpoint, Reply
 from florence2_client.pictures import encoded
 from PIL import ExifTags, Image
@@ -494,6 +494,15 @@ def test_a_forked_process_is_told_to_make_its_own(script: Any) -> None:
         child.start()
         assert "make one in every process" in told.get(timeout=60)
         child.join()
+
+
+def test_grpc_is_refused_where_it_would_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that is forked from one that used it."""
+    monkeypatch.setitem(connection._grpc_in, "process", -1)
+    with Florence2Client(NOWHERE) as asking, pytest.raises(RuntimeError, match="take http://"):
+        asking.caption(PICTURE)
+    with Florence2Client(f"http://{NOWHERE}", retries=0) as asking, pytest.raises(ServerRefused):
+        asking.caption(PICTURE)
 
 
 def test_the_picture_of_a_file_object_can_be_drawn_later(script: Any, tmp_path: Path) -> None:

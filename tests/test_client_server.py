@@ -6,6 +6,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,18 @@ def test_a_call_that_is_cancelled_sends_nothing_more(server: TritonServer, url: 
     wait_until(lambda: sum(counts(server, "florence2").values()) > sum(asked.values()))
 
 
+def test_who_waits_while_the_client_is_closed_is_told(server: TritonServer, url: str) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        asking = Florence2Client(url, timeout=3, retries=0)
+        waiting = threads.submit(asking.detect, SCENE, **ENDLESS)
+        wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] > 0)
+        asking.close()
+        with pytest.raises(ServerRefused) as told:
+            waiting.result(HANGS)
+    assert told.value.status in ("CANCELLED", "UNAVAILABLE")
+    wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 0)
+
+
 def test_a_model_that_is_not_there(server: TritonServer, url: str) -> None:
     with Florence2Client(url, model="florence3") as asking, pytest.raises(ServerRefused, match="releases") as told:
         asking.detect(SCENE)
@@ -371,7 +384,7 @@ def guarded(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 def test_restricted_endpoints_take_headers(guarded: TritonServer, protocol: str) -> None:
     url = getattr(guarded, protocol)
     name = "triton-grpc-protocol-secret" if protocol == "grpc_url" else "secret"
-    with Florence2Client(url, headers={name: "open"}, timeout=HANGS) as asking:
+    with Florence2Client(url, headers={name.title(): "open"}, timeout=HANGS) as asking:
         assert asking.caption(SCENE).model_version == "1"
     with Florence2Client(url, retries=0) as asking, pytest.raises(ServerRefused, match=r"secret|headers=") as told:
         asking.caption(SCENE)
