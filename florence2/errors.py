@@ -10,5 +10,9 @@ class Unavailable(RuntimeError):
     stops. Served as UNAVAILABLE."""
 
 
+class TimeIsOver(Unavailable):
+    """The time that a request may take is over, or would be before its answer."""
+
+
 class Cancelled(RuntimeError):
     """Whoever asked doesn't want the answer any more. Served as CANCELLED."""

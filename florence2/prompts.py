@@ -39,6 +39,15 @@ def parse(prompt: str, location_bins: int = 1000) -> Prompt:
     return Prompt(None, prompt, prompt)
 
 
+def read_prompt(raw, positions):
+    if len(raw) > 16 * positions:
+        raise InvalidRequest('too long')
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest('the prompt is not UTF-8') from None
+
+
 def task_of(prompt: str) -> Task | None:
     """The task that a prompt asks for: the first of the table whose token it holds, anywhere."""
     return next((task for task in TASKS.values() if task.token in prompt), None)

@@ -41,9 +41,12 @@ class FakeRunner:
         self.encoded: list[list[Request]] = []
         self.decoded: list[list[Request]] = []
         self.released: list[Request] = []
+        self.cleared: list[Request] = []
 
     def encode(self, requests: Sequence[Request]) -> None:
         self.encoded.append(list(requests))
+        # Who was released may come again: together and then alone.
+        self.released = [request for request in self.released if request not in requests]
         self.ready += requests
         assert self.caches.hold(self.ready)
 
@@ -51,6 +54,10 @@ class FakeRunner:
         assert set(requests) == set(self.ready)
         self.decoded.append(list(requests))
         return [self._candidates(request) for request in requests]
+
+    def clear(self, request: Request) -> None:
+        assert request in self.ready
+        self.cleared.append(request)
 
     def release(self, request: Request) -> None:
         assert request not in self.released

@@ -6,6 +6,7 @@ It refuses what the server refuses, and checks when a test ends that every reque
 import importlib.util
 import itertools
 import json
+import os
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ import numpy as np
 from google.protobuf import json_format, text_format
 from numpy.typing import NDArray
 from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from florence2.backend.occupancy import BEAM_SEARCH, SHM_PREFIX, Occupancy
 
 TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
 HANGS = 60
@@ -164,7 +167,8 @@ class MetricFamily:
         self.name, self.description, self.kind = name, description, kind
 
     def Metric(self, *, labels: Mapping[str, str]) -> Metric:
-        metrics[self.name, labels["model"], labels["version"]] = metric = Metric(self)
+        name = self.name + (f" {labels['reason']}" if "reason" in labels else "")
+        metrics[name, labels["model"], labels["version"]] = metric = Metric(self)
         return metric
 
 
@@ -181,15 +185,25 @@ class Logger:
 
 
 metrics: dict[tuple[str, str, str], Metric] = {}
-"""By name, model and version, as the metrics endpoint shows them."""
+"""By name (with the reason, where there is one), model and version, as the metrics endpoint shows them."""
 _places = itertools.count()
 _senders: list[ResponseSender] = []
 _models: list[Any] = []
+_others: list[Occupancy] = []
 
 
 def install() -> None:
-    """Become the module that florence2.triton imports."""
+    """Become the module that florence2.backend imports."""
     sys.modules["triton_python_backend_utils"] = sys.modules[__name__]
+    os.environ[SHM_PREFIX] = f"florence2_fake_{os.getpid()}_"
+
+
+def beam_search_with_room(requests: int = 1000) -> Occupancy:
+    """As if one ran beside the models of the test."""
+    install()
+    _others.append(Occupancy(BEAM_SEARCH))
+    _others[-1].hold(0, free=requests)
+    return _others[-1]
 
 
 def load_model(repository: Path, name: str, version: int = 1, **parameters: Any) -> Any:
@@ -261,6 +275,9 @@ def end() -> None:
         families = [metric for metric in metrics.values() if metric.has_family()]
         assert not families, "the stub crashes when metrics are freed after finalize"
     finally:
+        for other in _others:
+            other.close()
+        _others.clear()
         _models.clear()
         _senders.clear()
         metrics.clear()

@@ -9,7 +9,7 @@ from pathlib import Path
 from conftest import ROOT
 from pages import blocks, text
 
-from florence2.generation.engine import COUNTERS, GAUGES
+from florence2.backend.figures import COUNTERS, GAUGES
 from florence2.generation.settings import MAX_BEAMS
 from florence2.images import FORMATS as PICTURE_FORMATS
 from florence2.images import PIL_MEGAPIXELS, Limits

@@ -1,9 +1,11 @@
 """The engine's promises to those who ask, with a runner that needs no graphs."""
 
+import math
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +14,10 @@ import pytest
 from fake_runner import START, TOKEN, FakeRunner, request
 
 import florence2.generation.engine as engine_module
+from florence2.backend.figures import COUNTERS, FAILED, GAUGES, EngineFigures
 from florence2.errors import Cancelled, InvalidRequest, Unavailable
 from florence2.generation.caches import CacheSizes
-from florence2.generation.engine import COUNTERS, GAUGES, Engine
+from florence2.generation.engine import Engine
 from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.selection import Generation
@@ -326,6 +329,78 @@ def test_an_encoder_that_fails_costs_those_who_start_only(served: Served) -> Non
     served.assert_all_free()
 
 
+def test_those_who_can_be_encoded_alone_are(served: Served) -> None:
+    first, bad, last = served.ask(2), served.ask(2), served.ask(2, 3)
+    encode = served.runner.encode
+
+    def fails(requests: Any) -> None:
+        encode(requests)
+        if bad in requests:
+            raise RuntimeError("too large")
+
+    served.runner.encode = fails  # type: ignore[method-assign]
+    served.engine.finish()
+    assert str(served.answers[bad]) == "too large"
+    assert served.tokens(first) == served.tokens(last) == [START] + [TOKEN] * 2
+    assert served.runner.encoded == [[first, bad, last], [first], [bad], [last]]
+    assert served.engine.counters.failed_steps == 2
+    served.assert_all_free()
+
+
+@pytest.mark.parametrize("graph", ["encode", "decode"])
+def test_three_failures_in_a_row_end_the_engine(served: Served, graph: str) -> None:
+    served.engine.scheduler.encoder_batch = 1
+    error = RuntimeError("out of order")
+    # Two, one that works, and two more are not three in a row.
+    for _ in range(2):
+        with failing(served.runner, graph, error):
+            for _ in range(2):
+                served.ask()
+                served.steps(1)
+        served.ask(1)
+        served.steps(1)
+    asked = [served.ask() for _ in range(4)]
+    with failing(served.runner, graph, error):
+        if graph == "decode":
+            served.engine.scheduler.caches = replace(CACHES, rows=1)
+        with pytest.raises(RuntimeError, match="out of order"):
+            served.engine.run()
+    assert [str(served.answers[one]) for one in asked] == ["out of order"] * 3 + ["the engine has failed"]
+    assert served.engine.counters.failed_steps == 7
+    with pytest.raises(Unavailable, match="the engine has failed"):
+        served.ask()
+
+
+@pytest.mark.parametrize("graph", ["encode", "decode"])
+@pytest.mark.parametrize("library", ["CUDA failure 700: an illegal memory access", "cublasSgemm", "CUDNN_STATUS_X"])
+def test_one_failure_of_the_device_ends_the_engine(served: Served, graph: str, library: str) -> None:
+    asked, waiting = [served.ask(), served.ask()], [served.ask(1, 8)]
+    with failing(served.runner, graph, RuntimeError(library)), pytest.raises(RuntimeError, match=library):
+        served.engine.run()
+    assert [str(served.answers[one]) for one in asked] == [library] * 2
+    assert [str(served.answers[one]) for one in waiting] == ["the engine has failed"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.5])
+def test_log_probabilities_that_are_none_fail_their_request_alone(served: Served, value: float) -> None:
+    bad, other = served.ask(3, 2), served.ask(3, 2)
+    served.steps(1)
+    decode = served.runner.decode
+
+    def wrong(requests: Any) -> Any:
+        found = decode(requests)
+        if bad in requests:
+            found[list(requests).index(bad)][1][1, 2] = value
+        return found
+
+    served.runner.decode = wrong  # type: ignore[method-assign]
+    served.engine.finish()
+    assert "log-probabilities that are none" in str(served.answers[bad])
+    assert served.tokens(other) == [START] + [TOKEN] * 3
+    assert served.runner.cleared == [bad]
+    served.assert_all_free()
+
+
 def test_a_decoder_that_fails_costs_those_of_the_step_only(served: Served) -> None:
     running, starting, waiting = served.ask(4), served.ask(4, 7), served.ask(2, 8)
     served.steps(1)
@@ -506,11 +581,13 @@ def takes(work: Callable[[Any], Any], seconds: float, clock: Clock) -> Any:
 def test_counters_and_figures(served: Served, clock: Clock) -> None:
     served.runner.encode = takes(served.runner.encode, 0.5, clock)  # type: ignore[method-assign]
     served.runner.decode = takes(served.runner.decode, 0.25, clock)  # type: ignore[method-assign]
-    assert set(served.engine.figures()) == COUNTERS.keys() | GAUGES.keys()
+    report = EngineFigures(served.engine)
+    assert set(report()) | {FAILED} == COUNTERS.keys() | GAUGES.keys()
     served.ask(2, 3), served.ask(3, 2), served.ask(1, 8)
     served.steps(1)
-    assert served.engine.figures() == {
+    assert report() == {
         "florence2_steps_total": 1,
+        "florence2_failed_steps_total": 0,
         "florence2_tokens_total": 2,
         "florence2_encoder_seconds_total": 0.5,
         "florence2_decoder_seconds_total": 0.25,
@@ -534,15 +611,16 @@ def test_counters_and_figures(served: Served, clock: Clock) -> None:
     # Until after an encoder pass and three steps; then it had one of each.
     assert counters.waiting_seconds == 1.25
     assert counters.running_seconds == 1.25 + 1.0 + 0.75
-    figures = served.engine.figures()
+    figures = report()
     # Since the last report: two steps of the first two requests, one of the third.
     assert figures["florence2_tokens_per_step"] == pytest.approx(4 / 3)
     assert (figures["florence2_rows_used"], figures["florence2_rows_free"]) == (0, 8)
-    assert served.engine.figures()["florence2_tokens_per_step"] == 0
+    assert report()["florence2_tokens_per_step"] == 0
 
 
 def test_a_step_that_fails_is_not_counted(served: Served) -> None:
     served.ask()
     with failing(served.runner, "decode", RuntimeError()):
         served.steps(1)
-    assert (served.engine.counters.steps, served.engine.counters.tokens) == (0, 0)
+    counters = served.engine.counters
+    assert (counters.steps, counters.tokens, counters.failed_steps) == (0, 0, 1)

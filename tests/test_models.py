@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import fake_triton
@@ -21,9 +22,10 @@ from florence2_export.parity import reference_generate
 from florence2_release.repository import install
 from PIL import Image
 
+from florence2.backend.figures import COUNTERS, FAILED, GAUGES
 from florence2.generation import engine as engine_module
 from florence2.generation.caches import CacheSizes
-from florence2.generation.engine import COUNTERS, GAUGES, Engine
+from florence2.generation.engine import Engine
 from florence2.generation.scheduler import Scheduler
 from florence2.manifest import Manifest
 
@@ -44,6 +46,7 @@ def checkpoint() -> Checkpoint:
 
 @pytest.fixture(autouse=True)
 def everyone_is_answered_once() -> Iterator[None]:
+    fake_triton.beam_search_with_room()
     yield
     fake_triton.end()
 
@@ -85,6 +88,7 @@ def code_and_message(response: fake_triton.InferenceResponse) -> tuple[str, str]
 @pytest.fixture(scope="module")
 def prepared(repository: Path) -> list[Tensors]:
     """What beam_search gets for the demo's pictures and three tasks: image_features and input_ids."""
+    fake_triton.beam_search_with_room()
     preprocess, vision = load_model(repository, "preprocess"), load_model(repository, "vision_encoder")
     pictures = sorted((DEMO_CHECKPOINT.parent / "pictures").glob("*.[jp][pn]g"))
     inputs = []
@@ -120,7 +124,7 @@ def test_preprocess_answers_the_good_requests_of_a_batch_and_refuses_the_bad(rep
             request(png(), "<OD>"),
             request(b"<html>", "<OD>"),
             request(base64.b64encode(png()), "<CAPTION>"),
-            request(png(), "<CAPTOIN>x"),
+            request(png(), "<COPTOIN>x"),
             request(png(), "<caption>"),
             Request(image=np.array([png()], np.object_), prompt=np.array([b"\xff\xfe"], np.object_)),
         ],
@@ -173,22 +177,33 @@ def test_features_tokens_and_answer(repository: Path) -> None:
                 image_size=inputs["image_size"][0],
                 token_ids=generated["token_ids"][0],
                 token_logprobs=generated["token_logprobs"][0],
+                sequence_score=generated["sequence_score"][0],
+                finish_reason=generated["finish_reason"][0],
             )
         ],
     )
+    for name in ("token_ids", "token_logprobs", "sequence_score", "finish_reason"):
+        assert (final.tensors()[name] == generated[name]).all()
     answer = json.loads(final.tensors()["answer"][0, 0])
     assert set(answer["<OD>"]) == {"bboxes", "labels", "scores"}
     assert final.tensors()["text"][0, 0].startswith("</s><s>")
 
 
 def test_an_exception_fails_its_request_alone(repository: Path) -> None:
-    vision = load_model(repository, "vision_encoder")
-    good = Request(pixels=np.zeros((96, 96, 3), np.uint8))
-    bad = Request(pixels=np.zeros((10, 10, 3), np.uint8))
+    vision = load_model(repository, "vision_encoder", at_once=1)
+    look = vision.graph.run
+
+    def fails_for_black(names: Any, feeds: Any) -> Any:
+        if not feeds["pixels"].any():
+            raise RuntimeError("black")
+        return look(names, feeds)
+
+    vision.graph.run = fails_for_black
+    bad, good = (Request(pixels=np.full((96, 96, 3), value, np.uint8)) for value in (0, 1))
     responses = run(vision, [bad, good])
-    assert code_and_message(responses[0])[0] == "INTERNAL"
+    assert code_and_message(responses[0]) == ("INTERNAL", "RuntimeError: black")
     assert responses[1].error() is None
-    assert any(line.startswith("E request 'test' failed: ") for line in fake_triton.Logger.lines)
+    assert "E request 'test' failed: RuntimeError('black')" in fake_triton.Logger.lines
 
 
 def test_the_vision_encoder_looks_once_at_each_of_its_recent_pictures(repository: Path) -> None:
@@ -217,7 +232,7 @@ def test_a_picture_of_the_wrong_shape_is_not_a_recent_one_with_the_same_bytes(re
     wide = Request(pixels=np.zeros((48, 192, 3), np.uint8))
     good, refused = run(vision, [Request(pixels=np.zeros((96, 96, 3), np.uint8)), wide])
     assert good.error() is None
-    assert code_and_message(refused)[0] == "INTERNAL"
+    assert code_and_message(refused) == ("INVALID_ARG", "pixels must be (96, 96, 3), not (48, 192, 3)")
 
 
 def good_picture(**options: Any) -> Request:
@@ -238,8 +253,7 @@ WORKERS: dict[str, tuple[Callable[..., Request], Callable[[Any], tuple[Any, str]
 @pytest.mark.parametrize("name", WORKERS)
 def test_a_full_list_refuses_at_once_and_answers_those_on_it(repository: Path, name: str) -> None:
     # Two at a time would take a third request on, sooner or later.
-    one_at_a_time = {"at_once": 1} if name == "vision_encoder" else {}
-    model = load_model(repository, name, max_waiting=2, **one_at_a_time)
+    model = load_model(repository, name, max_waiting=2, at_once=1)
     good, busy = WORKERS[name]
     running, waiting, refused = good(), [good(), good()], [good(), good()]
     with held(*busy(model)) as called:
@@ -289,35 +303,59 @@ def test_finalize_answers_those_that_wait(repository: Path, name: str) -> None:
     assert [one.answer().error() for one in requests] == [None] * 3
 
 
-def test_a_worker_survives_a_panic() -> None:
+def test_a_worker_survives_a_panic(repository: Path) -> None:
     """Of the tokenizers library, in Rust: no Exception."""
-    fake_triton.install()
-    from florence2.triton import Worker
 
     class Panic(BaseException):
         pass
 
-    def answer(inputs: Tensors) -> Tensors:
-        if inputs["number"][0] == 1:
-            raise Panic("unwrap on None")
-        return inputs
-
-    worker = Worker(answer, {"max_waiting": "2", "timeout_seconds": "60"})
-    requests = [Request(number=np.array([number])) for number in (1, 2)]
-    for one in requests:
-        worker.submit(one)
-    worker.stop()
-    assert code_and_message(requests[0].answer()) == ("INTERNAL", "RuntimeError: Panic('unwrap on None')")
-    assert requests[1].answer().tensors()["number"].tolist() == [[2]]
+    model = load_model(repository, "preprocess", at_once=1)
+    resizer, model.resizer = model.resizer, lambda image: (_ for _ in ()).throw(Panic("unwrap on None"))
+    (panicked,) = run(model, [good_picture()])
+    model.resizer = resizer
+    (after,) = run(model, [good_picture()])
+    assert code_and_message(panicked) == ("INTERNAL", "RuntimeError: Panic('unwrap on None')")
+    assert after.error() is None
 
 
 @pytest.mark.parametrize(("asked", "given"), [(0, 300), (2_000_000, 2), (500_000_000, 300)])
-def test_a_request_may_ask_for_less_time_not_for_more(asked: int, given: float, monkeypatch: Any) -> None:
+@pytest.mark.parametrize(
+    ("arrival", "came"),
+    [(None, 1000), (990_500_000_000, 990.5), (1000_000_000_001, 1000), (-5, 0), (2**63 - 1, 1000), (-(2**63), 0)],
+)
+def test_a_request_may_ask_for_less_time_not_for_more_from_its_arrival_on(
+    asked: int, given: float, arrival: int | None, came: float, monkeypatch: Any
+) -> None:
     fake_triton.install()
-    from florence2.triton import deadline
+    from florence2.backend.tensors import Arrival
 
-    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
-    assert deadline(Request(timeout_microseconds=asked), timeout=300) == 1000 + given
+    monkeypatch.setattr(time, "monotonic_ns", lambda: 1000_000_000_000)
+    told = Arrival.of({} if arrival is None else {"arrival": np.array([arrival, 7])})
+    assert told.deadline(Request(timeout_microseconds=asked), timeout=300) == came + given
+
+
+def test_arrival_is_handed_on_and_counts_in_every_model(repository: Path, prepared: list[Tensors]) -> None:
+    preprocess = load_model(repository, "preprocess")
+    before = time.monotonic_ns()
+    first, second = (one.tensors()["arrival"][0] for one in run(preprocess, [good_picture(), good_picture()]))
+    assert before <= first[0] <= second[0] <= time.monotonic_ns()
+    assert {first[1], second[1]} == {1, 2}
+    long_ago = np.array([time.monotonic_ns() - 61_000_000_000, 1])
+    for name, late, in_time in (
+        ("vision_encoder", good_pixels(arrival=long_ago, timeout_microseconds=60_000_000), good_pixels(arrival=first)),
+        (
+            "beam_search",
+            search_request({**prepared[0], "arrival": long_ago}, 60_000_000),
+            search_request({**prepared[0], "arrival": first}, 60_000_000),
+        ),
+    ):
+        model = load_model(repository, name)
+        too_late, answered = run(model, [late, in_time])
+        assert code_and_message(too_late)[0] == "UNAVAILABLE"
+        assert "time" in code_and_message(too_late)[1]
+        assert answered.error() is None
+        fake_triton.finalize(model)
+        assert gauge(f"{FAILED} deadline", name) == 1
 
 
 def random_settings(rng: random.Random) -> dict[str, Any]:
@@ -481,11 +519,12 @@ def test_caches_that_memory_cannot_hold_are_refused_at_the_start(repository: Pat
 
 def test_metrics(repository: Path, prepared: list[Tensors], demo_export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_triton.install()
-    from florence2.triton import Metrics
+    from florence2.backend.metrics import Metrics
 
     monkeypatch.setattr(Metrics, "EVERY", 0)
     model = load_model(repository, "beam_search", rows=24, encoder_batch=1)
-    assert {name for name, *labels in fake_triton.metrics if labels == ["beam_search", "1"]} == {*COUNTERS, *GAUGES}
+    ours = {name.split()[0] for name, *labels in fake_triton.metrics if labels == ["beam_search", "1"]}
+    assert ours == {*COUNTERS, *GAUGES}
     assert gauge("florence2_rows_free") == 24
     assert gauge("florence2_cache_bytes") == CacheSizes.of(Manifest.read(demo_export).sizes, rows=24).bytes
     (first,) = run(model, [search_request(prepared[0], num_beams=1)])
@@ -548,60 +587,221 @@ def test_without_metrics_requests_are_answered(
     assert "I no metrics of beam_search: metrics not supported" in fake_triton.Logger.lines
 
 
-def test_when_the_engine_fails_everyone_is_told_and_another_takes_its_place(
-    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [RuntimeError("never seen before"), SystemExit("nor this")])
+def test_when_the_engine_fails_everyone_is_told_and_the_process_ends(
+    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
+    ended = monkeypatch_exit(monkeypatch)
     model = load_model(repository, "beam_search", rows=3)
-    (expected,) = run(model, [search_request(prepared[0])])
-    failed, step = model.engine, Engine.step
+    step = Engine.step
 
     def fail(engine: Engine) -> None:
-        if engine is failed and engine.scheduler.running:
-            raise RuntimeError("never seen before")
+        if engine.scheduler.running:
+            raise error
         step(engine)
 
     running, waiting = (search_request(prepared[0], **ENDLESS) for _ in range(2))
-    with held(failed.runner, "decode") as called:
+    with held(model.engine.runner, "decode") as called:
         submit(model, [running, waiting])
         assert called.wait(HANGS)
         monkeypatch.setattr(Engine, "step", fail)
-    for one in (running, waiting):
-        assert code_and_message(one.answer()) == ("UNAVAILABLE", "the engine has failed")
-    # Until there is another, nobody waits for nothing.
-    while model.engine is failed:
-        (meanwhile,) = run(model, [search_request(prepared[0])])
-        assert meanwhile.error() is None or code_and_message(meanwhile) == ("UNAVAILABLE", "the engine has failed")
-    assert model.is_ready()
-    (after,) = run(model, [search_request(prepared[0])])
-    assert (after.tensors()["token_ids"] == expected.tensors()["token_ids"]).all()
-    fake_triton.finalize(model)
-    failures = [line for line in fake_triton.Logger.lines if line.startswith("E ")]
-    assert failures == ["E the engine has failed, another takes its place: RuntimeError('never seen before')"]
-    assert not model.is_ready()
-    assert gauge("florence2_rows_used") == 0
-    # Counted on, over both.
-    assert gauge("florence2_tokens_total") >= 2 * (len(expected.tensors()["token_ids"][0]) - 1)
-
-
-def test_an_engine_that_nothing_can_replace(
-    repository: Path, prepared: list[Tensors], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = load_model(repository, "beam_search")
-
-    def fail(*_: Any) -> Any:
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(Engine, "step", fail)
-    monkeypatch.setattr("threading.excepthook", lambda _: None)
-    model.new_engine = fail
-    assert model.is_ready()
-    (told,) = run(model, [search_request(prepared[0])])
+    assert ended.wait(HANGS)
+    (late,) = run(model, [search_request(prepared[0])])
+    for one in (running.answer(), waiting.answer(), late):
+        assert code_and_message(one) == ("UNAVAILABLE", "the engine has failed")
+    assert f"E beam_search 1 fails and goes on to; its process ends: {error!r}" in fake_triton.Logger.lines
     model.thread.join(HANGS)
     assert not model.is_ready()
-    (refused,) = run(model, [search_request(prepared[0])])
-    for response in (told, refused):
-        assert code_and_message(response) == ("UNAVAILABLE", "the engine has failed")
-    assert "E there can be no other engine: MemoryError('no room')" in fake_triton.Logger.lines
+
+
+def monkeypatch_exit(monkeypatch: pytest.MonkeyPatch) -> Event:
+    """Set when the process would have ended."""
+    ended = Event()
+
+    def leave(status: int) -> None:
+        assert status == 70
+        ended.set()
+
+    monkeypatch.setattr("os._exit", leave)
+    return ended
+
+
+def test_a_vision_encoder_that_goes_on_failing_ends(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = monkeypatch_exit(monkeypatch)
+    model = load_model(repository, "vision_encoder")
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("out of order")
+
+    model.graph.run = fail
+    for count in range(1, 4):
+        (refused,) = run(model, [good_pixels()])
+        assert code_and_message(refused) == ("INTERNAL", "RuntimeError: out of order")
+        assert ended.is_set() == (count == 3)
+
+
+def test_what_is_not_a_number_reaches_nobody_else(repository: Path, prepared: list[Tensors]) -> None:
+    """As an overflow in half would leave it, in a column that the next request's answer does not reach."""
+    model = load_model(repository, "beam_search", rows=3)
+    (expected,) = run(model, [search_request(prepared[0], max_new_tokens=5)])
+    runner = model.engine.runner
+    name, cache = next(iter(runner._past.items()))
+    values = cache._memory.numpy().copy()
+    entries = values[: 3 * cache._heads * cache.columns * cache._head_dim]
+    entries.reshape(3, cache._heads, cache.columns, cache._head_dim)[:, :, -1] = np.nan
+    cache._memory.update_inplace(values)
+    (refused,) = run(model, [search_request(prepared[0], max_new_tokens=5)])
+    assert code_and_message(refused)[0] == "INTERNAL"
+    assert "log-probabilities that are none" in code_and_message(refused)[1]
+    (after,) = run(model, [search_request(prepared[0], max_new_tokens=5)])
+    assert (after.tensors()["token_ids"] == expected.tensors()["token_ids"]).all(), name
+
+
+def test_what_the_operator_allows(repository: Path, prepared: list[Tensors]) -> None:
+    model = load_model(repository, "beam_search", max_beams=2, max_new_tokens=4)
+    asked = [{}, {"num_beams": 2, "max_new_tokens": 4}, {"num_beams": 3}, {"max_new_tokens": 5}]
+    silent, most, beams, tokens = run(model, [search_request(prepared[0], **settings) for settings in asked])
+    assert (silent.tensors()["token_ids"] == most.tensors()["token_ids"]).all()
+    assert silent.tensors()["token_ids"].shape == (1, 5)
+    assert code_and_message(beams) == ("INVALID_ARG", "num_beams must be from 1 to 2, not 3")
+    assert code_and_message(tokens) == ("INVALID_ARG", "max_new_tokens must be from 1 to 4 here, not 5")
+
+
+@pytest.mark.parametrize("penalty", [0.6, 1.1, -0.3, 1e-30])
+def test_a_length_penalty_is_the_number_that_was_written(
+    repository: Path, prepared: list[Tensors], penalty: float
+) -> None:
+    """It travels in 32 bits; transformers computes with 64."""
+    model = load_model(repository, "beam_search")
+    accepted = model.accept(search_request(prepared[0], length_penalty=penalty), Responder())
+    assert accepted.settings.length_penalty == penalty
+
+
+class Responder:
+    def is_cancelled(self) -> bool:
+        return False
+
+
+# --- who comes in ---
+
+
+def test_what_waits_is_bounded_in_bytes(repository: Path) -> None:
+    model = load_model(repository, "preprocess", at_once=1, max_waiting_megabytes=0.003)
+    large = b"x" * 2000
+    with held(model, "resizer") as called:
+        running = good_picture()
+        submit(model, [running])
+        assert called.wait(HANGS)
+        waiting, refused = request(large, "<OD>"), request(large, "<OD>")
+        submit(model, [waiting, refused])
+        assert code_and_message(refused.answer()) == ("UNAVAILABLE", "0 MB are waiting already; try again later")
+    assert running.answer().error() is None
+    assert code_and_message(waiting.answer())[0] == "INVALID_ARG"
+    # One alone may be larger.
+    (alone,) = run(model, [request(large * 2, "<OD>")])
+    assert code_and_message(alone)[0] == "INVALID_ARG"
+    fake_triton.finalize(model)
+    assert gauge(f"{FAILED} overload", "preprocess") == 1
+    assert gauge(f"{FAILED} client", "preprocess") == 2
+
+
+def test_what_beam_search_has_no_room_for_is_refused_at_the_front(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("florence2.backend.occupancy.LOOKED_AT", 0)
+    fake_triton.end()
+    model = load_model(repository, "preprocess", at_once=1)
+    (refused,) = run(model, [good_picture()])
+    assert code_and_message(refused) == ("UNAVAILABLE", "beam_search is being started; try again later")
+    behind = fake_triton.beam_search_with_room(2)
+    behind.hold(30, free=2)
+    with held(model, "resizer") as called:
+        accepted, refused = [good_picture(), good_picture()], good_picture()
+        submit(model, accepted[:1])
+        assert called.wait(HANGS)
+        submit(model, [*accepted[1:], refused])
+        assert code_and_message(refused.answer()) == (
+            "UNAVAILABLE",
+            "32 requests are here already; try again later",
+        )
+    assert [one.answer().error() for one in accepted] == [None, None]
+    # One that nobody comes to lends no room.
+    behind.came()
+    behind.hold(32, free=0)
+    fake_triton.beam_search_with_room()
+    (refused,) = run(model, [good_picture()])
+    assert code_and_message(refused)[0] == "UNAVAILABLE"
+    behind.hold(31, free=1)
+    (accepted_again,) = run(model, [good_picture()])
+    assert accepted_again.error() is None
+
+
+def test_a_request_that_cannot_be_answered_in_its_time_is_refused_at_once(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from florence2.backend import admission
+    from florence2.errors import TimeIsOver
+
+    now = time.monotonic()
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now))
+    behind = fake_triton.beam_search_with_room()
+    behind.hold(40, waiting=32, free=96)
+    front = load_model(repository, "preprocess").admission
+    front.check(now + 1)
+    now += 20
+    for _ in range(40):
+        behind.answered()
+    # Two a second, and forty are there.
+    front.check(now + 21)
+    with pytest.raises(TimeIsOver, match="40 requests are here already, which take about 20 s"):
+        front.check(now + 19)
+    # Without a queue nobody knows.
+    behind.hold(8, waiting=0, free=128)
+    front.check(now + 1)
+    behind.hold(40, waiting=32, free=96)
+    front.check(now + 1)
+
+
+# --- what no predecessor sends ---
+
+
+def postprocess_request(**other: Any) -> Request:
+    usual = {
+        "prompt": np.array([b"<OD>"], np.object_),
+        "image_size": np.array([60, 40]),
+        "token_ids": np.array([2, 0, 5, 2]),
+        "token_logprobs": np.zeros(3, np.float32),
+        "sequence_score": np.zeros(1, np.float32),
+        "finish_reason": np.array([b"stop"], np.object_),
+    }
+    return Request(**usual | other)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"token_ids": np.zeros(0, np.int64)}, "token_ids must be 1 to 512 tokens, not 0"),
+        ({"token_ids": np.zeros(513, np.int64)}, "token_ids must be 1 to 512 tokens, not 513"),
+        ({"token_logprobs": np.zeros(4, np.float32)}, "token_logprobs must be 3 beside 4 token_ids"),
+        ({"token_logprobs": np.array([0, np.nan, 0], np.float32)}, "token_logprobs must be 0 or less"),
+        ({"token_logprobs": np.array([0, 1, 0], np.float32)}, "token_logprobs must be 0 or less"),
+        ({"image_size": np.array([0, 40])}, "image_size must be a picture's, not [0, 40]"),
+        ({"image_size": np.array([60, 2**62])}, f"image_size must be a picture's, not [60, {2**62}]"),
+        ({"prompt": np.array([b"\xff"], np.object_)}, "the prompt is not UTF-8"),
+    ],
+)
+def test_postprocess_refuses_what_no_beam_search_makes(repository: Path, changed: dict[str, Any], message: str) -> None:
+    model = load_model(repository, "postprocess")
+    refused, good = run(model, [postprocess_request(**changed), postprocess_request()])
+    assert code_and_message(refused) == ("INVALID_ARG", message)
+    assert good.error() is None
+
+
+def test_postprocess_takes_any_token_ids_of_a_length(repository: Path) -> None:
+    model = load_model(repository, "postprocess")
+    ids = np.array([-1, 2**62, 10**6, -(2**63)])
+    (answered,) = run(model, [postprocess_request(token_ids=ids)])
+    assert answered.tensors()["text"][0, 0] == ""
 
 
 def test_metrics_that_cannot_be_reported_stop_nothing(repository: Path, prepared: list[Tensors]) -> None:
@@ -623,7 +823,7 @@ def test_finalize_tells_those_left_in_the_engine(repository: Path, prepared: lis
         assert called.wait(HANGS)
         ending = Thread(target=fake_triton.finalize, args=(model,))
         ending.start()
-        while not model.stopping:
+        while not model.engine._closed:
             time.sleep(0.001)
         # Closed or about to be: what still comes in is told too.
         late = search_request(prepared[0], **ENDLESS)

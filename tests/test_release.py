@@ -1,12 +1,14 @@
 """Installing exports as releases."""
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from florence2_release import configs
 from florence2_release.repository import ENSEMBLE, FILES, Repository, install
 from florence2_release.rollout import roll_back
 from google.protobuf import text_format
@@ -292,3 +294,127 @@ def test_a_manifest_that_is_not_ours(export: Path, tmp_path: Path) -> None:
     (export / "manifest.json").write_text(json.dumps({"source": "x"}))
     with pytest.raises(ValueError, match="export the checkpoint again"):
         install(export, tmp_path / "repository")
+
+
+def ensemble_of(name: str = "florence2") -> ModelConfig:
+    return configs.parsed(configs.shipped() / name / "config.pbtxt")
+
+
+def test_no_output_of_the_ensemble_is_read_by_a_step() -> None:
+    """Triton would leave out the step that makes it whenever a request doesn't name it."""
+    config = ensemble_of()
+    outputs = {tensor.name for tensor in config.output}
+    steps = config.ensemble_scheduling.step
+    assert outputs.isdisjoint(value for step in steps for value in step.input_map.values())
+    assert {step.model_name for step in steps if outputs & set(step.output_map.values())} == {"postprocess"}
+    assert not config.HasField("response_cache")
+
+
+def test_what_the_response_cache_keeps_does_not_depend_on_when_it_was_asked(export: Path, tmp_path: Path) -> None:
+    install(export, tmp_path / "models")
+    install(export, tmp_path / "models", name="stamps")
+    repository = Repository(tmp_path / "models")
+
+    def arrival() -> dict[str, dict[str, set[str]]]:
+        return {
+            name: {
+                step.model_name: {*step.input_map, *step.output_map} & {"arrival"}
+                for step in configs.parsed(repository.folder / name / "config.pbtxt").ensemble_scheduling.step
+            }
+            for name in ("florence2", "stamps")
+        }
+
+    nowhere = {model: set[str]() for model in FILES}
+    wired = nowhere | {model: {"arrival"} for model in ("preprocess", "vision_encoder", "beam_search")}
+    assert arrival() == {"florence2": wired, "stamps": wired}
+    repository.tidy(response_cache=True)
+    assert repository.response_cache
+    assert arrival() == {"florence2": nowhere, "stamps": nowhere}
+    cached = {
+        model: configs.parsed(repository.folder / model / "config.pbtxt").response_cache.enable for model in FILES
+    }
+    assert cached == {"preprocess": False, "vision_encoder": True, "beam_search": True, "postprocess": True}
+    # A release while it is served stays as it is.
+    install(export, repository.folder)
+    assert arrival() == {"florence2": nowhere, "stamps": nowhere}
+    repository.tidy()
+    assert not repository.response_cache
+    assert arrival() == {"florence2": wired, "stamps": wired}
+    # What Triton's own backends run takes no time of arrival.
+    repository.tidy("cuda", response_cache=True)
+    assert arrival()["florence2"] == nowhere
+    repository.tidy()
+    assert arrival()["florence2"] == nowhere | {model: {"arrival"} for model in ("preprocess", "beam_search")}
+
+
+def test_installed_configs_keep_the_comments(export: Path, tmp_path: Path) -> None:
+    install(export, tmp_path / "models")
+    for model in FILES:
+        shipped, installed = ((folder / model / "config.pbtxt") for folder in (configs.shipped(), tmp_path / "models"))
+        lines = [line for line in shipped.read_text().splitlines() if line.startswith("#")]
+        text = installed.read_text()
+        assert [line for line in lines if line not in text.splitlines()] == []
+        assert configs.parsed(installed) == configs.parsed(shipped)
+    text = (tmp_path / "models" / "beam_search" / "config.pbtxt").read_text()
+    assert re.search(r'\n# Threads of ONNX Runtime; [^\n]*\nparameters \{\n  key: "threads"', text)
+    assert configs.parsed(tmp_path / "models" / "florence2" / "config.pbtxt") == ensemble_of()
+    assert (
+        "# Versions are pinned: a request never mixes two releases."
+        in (tmp_path / "models" / "florence2" / "config.pbtxt").read_text()
+    )
+
+
+def test_older_copies_of_model_py_are_replaced_at_the_start(export: Path, tmp_path: Path) -> None:
+    release = install(export, tmp_path / "models")
+    repository = Repository(tmp_path / "models")
+    stale = repository.folder / "beam_search" / "1" / "model.py"
+    stale.write_text("from florence2.triton import respond\n")
+    release.files["beam_search"]["model.py"] = sha256_of(stale)
+    repository.write(release)
+    assert repository.outdated() == [stale]
+    with pytest.raises(ValueError, match=r"are those of another release of florence2-triton: stop and start"):
+        repository.check_up_to_date()
+    repository.tidy()
+    repository.check_up_to_date()
+    assert stale.read_text() == "from florence2.backend.beam_search import TritonPythonModel  # noqa: F401\n"
+    assert repository.damage(repository.release(1)) is None
+    # Shared with the next, as the same bytes are.
+    assert install(export, repository.folder).models["beam_search"] == 1
+
+
+def test_engines_are_kept_where_the_start_says(export: Path, tmp_path: Path) -> None:
+    install(export, tmp_path / "models", profile="tensorrt-ep")
+    repository = Repository(tmp_path / "models")
+
+    def places() -> set[str]:
+        vision, search = (
+            configs.parsed(repository.folder / model / "config.pbtxt") for model in ("vision_encoder", "beam_search")
+        )
+        (accelerator,) = vision.optimization.execution_accelerators.gpu_execution_accelerator
+        return {accelerator.parameters["trt_engine_cache_path"], search.parameters["tensorrt_cache"].string_value}
+
+    repository.tidy(engine_cache=tmp_path / "engines")
+    assert places() == {str(tmp_path / "engines")}
+    install(export, repository.folder)
+    assert places() == {str(tmp_path / "engines")}
+
+
+def test_files_are_on_the_disk_before_their_name_is(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rename may reach the disk before what it names does (rename(2), fsync(2))."""
+    flushed: list[Path] = []
+    flush, rename, replace = configs.flush, Path.rename, Path.replace
+    late: list[Path] = []
+
+    def check(source: Path) -> None:
+        needed = [source, *source.iterdir()] if source.is_dir() else [source]
+        late.extend(path for path in needed if path not in flushed)
+
+    monkeypatch.setattr(configs, "flush", lambda path: (flushed.append(path), flush(path)))
+    monkeypatch.setattr(Path, "rename", lambda self, target: (check(self), rename(self, target))[1])
+    monkeypatch.setattr(Path, "replace", lambda self, target: (check(self), replace(self, target))[1])
+    install(export, tmp_path / "models")
+    assert late == []
+    names = {tmp_path / "models" / model for model in FILES} | {tmp_path / "models"}
+    assert names <= set(flushed)

@@ -24,7 +24,7 @@ from florence2_release.prepare import Prepared
 from florence2_release.repository import ENSEMBLE, Release, Repository, install
 from florence2_release.rollout import Refused, Rollout, roll_back
 from florence2_release.server import TritonServer
-from florence2_release.stubs import StubWatch
+from florence2_release.watchdog import Watchdog
 from florence2_release.triton import Triton
 from serving import HANGS, PICTURES, client
 
@@ -310,7 +310,7 @@ def stubs_of(server: TritonServer, model: str) -> list[int]:
 def test_a_model_that_loses_its_process_gets_another(exports: dict[str, Path], tmp_path: Path) -> None:
     with served(exports["whole"], tmp_path) as (_, server), client(server) as asking:
         said: list[str] = []
-        watch = StubWatch(server, said.append)
+        watch = Watchdog(server, said.append)
         watch.start()
         try:
             (process,) = stubs_of(server, "beam_search")

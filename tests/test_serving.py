@@ -42,7 +42,7 @@ from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
 from florence2.generation.caches import CacheSizes
-from florence2.generation.engine import COUNTERS, GAUGES
+from florence2.backend.figures import COUNTERS, GAUGES
 from florence2.manifest import Manifest
 
 try:

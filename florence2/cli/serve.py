@@ -12,17 +12,22 @@ import sys
 import threading
 import time
 import urllib.request
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from florence2_release.server import TritonServer
 
 ENSEMBLE = "florence2"
+FIRST_PAUSE, LONGEST_PAUSE, STEADY = 0.5, 60.0, 300.0
+"""Seconds before a server that has ended is started again, at first and at most; and for how long it must have run for
+the first to hold again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repository", required=True, metavar="REPO", help="the model repository to serve")
-    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002), ("health", 8003)):
         parser.add_argument(
             f"--{name}-port",
             type=int,
@@ -43,18 +48,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="memory for answers to identical requests and for the image features of pictures that are asked about "
         "again (2 MB each for a base model); by default nothing is kept",
     )
+    parser.add_argument(
+        "--engine-cache",
+        type=Path,
+        metavar="DIR",
+        help="where TensorRT's engines are kept, default florence2-triton in the user's cache folder",
+    )
+    parser.add_argument(
+        "--max-http-megabytes",
+        type=_megabytes,
+        metavar="MEGABYTES",
+        help="refuse larger HTTP requests before they are read (Triton 25.06 and later); by default 64",
+    )
 
 
 def _megabytes(text: str) -> int:
     if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no size; leave it out to keep nothing")
+        raise argparse.ArgumentTypeError(f"{text} is no size; leave it out")
     return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
+    from florence2_release.health import Health, serve_health
     from florence2_release.repository import Repository
-    from florence2_release.server import ServerError, TritonServer
-    from florence2_release.stubs import StubWatch
+    from florence2_release.server import TritonServer
+    from florence2_release.watchdog import Watchdog
 
     server = TritonServer(
         args.repository,
@@ -63,28 +81,39 @@ def run(args: argparse.Namespace) -> int:
         grpc_port=args.grpc_port,
         metrics_port=args.metrics_port,
         cache_size=args.response_cache and args.response_cache * 2**20,
+        max_http_size=args.max_http_megabytes and args.max_http_megabytes * 2**20,
     )
-    watch = StubWatch(server, _say)
+    watchdog = Watchdog(server, _say)
     repository, serving = Repository(server.repository), contextlib.ExitStack()
-    repository.tidy(args.profile)
+    profile = args.profile
+
+    def prepare() -> None:
+        repository.tidy(profile, bool(args.response_cache), _engine_cache(args.engine_cache))
+
+    prepare()
+    health = Health(server)
     _stop_on_signals()
     try:
         if repository.ensembles():
             serving.enter_context(repository.served())
+        endpoint = serve_health(health, args.host, args.health_port)
+        serving.callback(endpoint.server_close)
         server.start()
         if args.verbose:
             threading.Thread(target=_follow_log, args=(server,), daemon=True).start()
         _warn_of_open_wheel(server)
         # As long as it takes: TensorRT builds engines at the first start.
         server.wait_ready(timeout=math.inf, progress=_say)
-        _say(_endpoints(server))
-        watch.start()
-        code = server.wait()
-        raise ServerError(f"the server stopped by itself with code {code}; its log ends:\n{server.log_tail()}")
+        _say(_endpoints(server, endpoint.server_port))
+        watchdog.start()
+        # What is configured already is what a server is started again with.
+        profile = None
+        _keep_running(server, prepare)
     except KeyboardInterrupt:
+        health.is_draining = True
         _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
         try:
-            watch.stop()
+            watchdog.stop()
             if args.response_cache:
                 _say(_hits(server))
             server.stop()
@@ -93,9 +122,46 @@ def run(args: argparse.Namespace) -> int:
         _say("stopped")
         return 0
     finally:
-        watch.stop()
+        health.is_draining = True
+        watchdog.stop()
         server.stop()
         serving.close()
+
+
+def _keep_running(server: "TritonServer", prepare: Callable[[], None]) -> NoReturn:
+    """Starts the server again whenever it ends."""
+    from florence2_release.server import ServerError
+
+    pause = FIRST_PAUSE
+    while True:
+        began = time.monotonic()
+        code = server.wait()
+        if time.monotonic() - began > STEADY:
+            pause = FIRST_PAUSE
+        _say(
+            f"the server stopped by itself with code {code}; it is started again in {pause:g} s; its log ends:\n"
+            f"{server.log_tail()}"
+        )
+        while True:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            try:
+                prepare()
+                server.start()
+                server.wait_ready(timeout=math.inf)
+            except (ServerError, ValueError, OSError) as error:
+                server.kill()
+                _say(f"{error}; again in {pause:g} s")
+            else:
+                break
+        _say("ready again")
+
+
+def _engine_cache(folder: Path | None) -> Path:
+    """Where only this user writes: what lies there is run."""
+    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "florence2-triton"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder.resolve()
 
 
 def _stop_on_signals() -> None:
@@ -137,19 +203,20 @@ def _hits(server: "TritonServer") -> str:
     except (OSError, http.client.HTTPException, ValueError) as error:
         return f"the response cache's figures can't be read: {error}"
     lines = []
-    for name in (ENSEMBLE, "vision_encoder"):
+    for name in ("postprocess", "beam_search", "vision_encoder"):
         found = [model["inference_stats"] for model in models if model["name"] == name]
         hits, misses = (sum(stats[f"cache_{kind}"]["count"] for stats in found) for kind in ("hit", "miss"))
         lines.append(f"{name} {hits} of {hits + misses} requests")
     return f"answered from the response cache: {', '.join(lines)}"
 
 
-def _endpoints(server: "TritonServer") -> str:
+def _endpoints(server: "TritonServer", health_port: int) -> str:
     lines = [
         "ready",
         f"  HTTP     {server.http_url}",
         f"  gRPC     {server.grpc_url}",
         f"  metrics  {server.metrics_url}",
+        f"  health   {server.http_url.rpartition(':')[0]}:{health_port}/ready",
     ]
     if os.path.isdir(server.repository / ENSEMBLE):
         # Through a pipe, as an argument may have 128 KiB at most (execve(2)); curl drops the newlines.

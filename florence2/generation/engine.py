@@ -4,13 +4,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.errors import Cancelled, Unavailable
+from florence2.errors import Cancelled, TimeIsOver, Unavailable
+from florence2.faults import Faults, is_of_the_device
 from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
 from florence2.generation.selection import Generation
@@ -33,32 +34,11 @@ class Runner(Protocol):
     def decode(self, requests: Sequence[Request]) -> list[Candidates]:
         """One step of all that run -> per request candidate ids and log-probabilities [num_beams, C], best first."""
 
+    def clear(self, request: Request) -> None:
+        """Whatever the caches hold of it must reach nobody else."""
+
     def release(self, request: Request) -> None:
         """It won't be decoded any more, or never was ready to be."""
-
-
-TIMES = {
-    "florence2_waiting_seconds_total": "Time that requests have waited in the model for their turn",
-    "florence2_running_seconds_total": "Time from a request's turn in the model to its answer",
-}
-"""Counters that preprocess and vision_encoder have too: Triton's own stop when a request is handed over."""
-COUNTERS = {
-    "florence2_steps_total": "Steps of the decoder",
-    "florence2_tokens_total": "Tokens decoded: one per step of every request, whatever its beams",
-    "florence2_encoder_seconds_total": "Time in the encoder graph",
-    "florence2_decoder_seconds_total": "Time in the decoder graph",
-    "florence2_first_tokens_total": "Requests that got their first token",
-    "florence2_first_token_seconds_total": "Time from a request's arrival at the engine to its first token",
-    **TIMES,
-}
-GAUGES = {
-    "florence2_requests_running": "Requests that share the steps",
-    "florence2_requests_waiting": "Requests that wait for rows of the caches",
-    "florence2_rows_used": "Rows of the caches in use, one per beam",
-    "florence2_rows_free": "Rows of the caches that are free",
-    "florence2_tokens_per_step": "Tokens per step since the last report",
-    "florence2_cache_bytes": "Memory that the caches take at most",
-}
 
 
 @dataclass
@@ -66,6 +46,8 @@ class Counters:
     """Since the engine was made."""
 
     steps: int = 0
+    failed_steps: int = 0
+    """Runs of either graph."""
     tokens: int = 0
     encoder_seconds: float = 0.0
     decoder_seconds: float = 0.0
@@ -84,7 +66,7 @@ class Engine:
         self._changed = threading.Condition()
         self._closed: str | None = None
         self._ask_next = 0.0
-        self._reported = Counters()
+        self._encoder_faults, self._decoder_faults = Faults(), Faults()
 
     def submit(self, request: Request) -> None:
         """Returns at once; the answer comes through `request.respond`. Raises InvalidRequest or Unavailable."""
@@ -111,7 +93,7 @@ class Engine:
             running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
         for request in (*running, *waiting):
             if now >= request.deadline:
-                self._retire(request, Unavailable("the request's time is over; ask for less, or allow more time"))
+                self._retire(request, TimeIsOver("the request's time is over; ask for less, or allow more time"))
         if ask:
             self._drop_cancelled([request for request in running if now < request.deadline])
 
@@ -144,10 +126,27 @@ class Engine:
             return
         started = time.perf_counter()
         try:
-            self.runner.encode(admitted)
+            self._run_encoder(admitted)
+        finally:
+            self.counters.encoder_seconds += time.perf_counter() - started
+
+    def _run_encoder(self, requests: list[Request]) -> None:
+        """Together, and where that fails one by one: only those who can't be encoded are refused. Raises for a fault
+        that stays."""
+        try:
+            self.runner.encode(requests)
+            self._encoder_faults.worked()
         except Exception as error:
-            self._fail(admitted, error)
-        self.counters.encoder_seconds += time.perf_counter() - started
+            self.counters.failed_steps += 1
+            if len(requests) > 1 and not is_of_the_device(error):
+                for request in requests:
+                    self.runner.release(request)
+                for request in requests:
+                    self._run_encoder([request])
+                return
+            self._fail(requests, error)
+            if self._encoder_faults.failed(error):
+                raise
 
     def _decode(self, running: list[Request]) -> None:
         if not running:
@@ -156,8 +155,12 @@ class Engine:
         first = [request for request in running if request.search.length == 1]
         try:
             candidates = self.runner.decode(running)
+            self._decoder_faults.worked()
         except Exception as error:
+            self.counters.failed_steps += 1
             self._fail(running, error)
+            if self._decoder_faults.failed(error):
+                raise
             return
         now = time.perf_counter()
         self.counters.steps += 1
@@ -170,6 +173,10 @@ class Engine:
 
     def _advance(self, request: Request, found: Candidates) -> None:
         try:
+            # False for what is no number, too.
+            if not (found[1] <= 0).all():
+                self.runner.clear(request)
+                raise RuntimeError("the decoder gave log-probabilities that are none; nothing of them is kept")
             request.search.advance(*found)
             answer = request.search.result() if request.search.finished else None
         except Exception as error:
@@ -200,8 +207,8 @@ class Engine:
             logger.exception("an answer could not be delivered")
 
     def run(self, after_step: Callable[[], None] = lambda: None) -> None:
-        """Step while there is something to do, wait while there is not, until `close`. Whoever is left then, or when
-        the engine itself fails, is told."""
+        """Step while there is something to do, wait while there is not, until `close`. Whoever is left then is told, or
+        when this raises: for a fault that stays, or of the engine's own."""
         reason = "the engine has failed"
         try:
             while self._wait():
@@ -228,28 +235,6 @@ class Engine:
         with self._changed:
             self._closed = self._closed or reason
             self._changed.notify()
-
-    def figures(self) -> dict[str, float]:
-        """By the names in COUNTERS and GAUGES."""
-        now, before = self.counters, self._reported
-        self._reported = replace(now)
-        steps, used = now.steps - before.steps, self.scheduler.rows_used
-        return {
-            "florence2_steps_total": now.steps,
-            "florence2_tokens_total": now.tokens,
-            "florence2_encoder_seconds_total": now.encoder_seconds,
-            "florence2_decoder_seconds_total": now.decoder_seconds,
-            "florence2_first_tokens_total": now.first_tokens,
-            "florence2_first_token_seconds_total": now.first_token_seconds,
-            "florence2_waiting_seconds_total": now.waiting_seconds,
-            "florence2_running_seconds_total": now.running_seconds,
-            "florence2_requests_running": len(self.scheduler.running),
-            "florence2_requests_waiting": len(self.scheduler.waiting),
-            "florence2_rows_used": used,
-            "florence2_rows_free": self.scheduler.caches.rows - used,
-            "florence2_tokens_per_step": (now.tokens - before.tokens) / steps if steps else 0,
-            "florence2_cache_bytes": self.scheduler.caches.bytes,
-        }
 
     @property
     def is_idle(self) -> bool:

@@ -52,8 +52,19 @@ class Cache:
             count = int(rows.max()) + 1
             # By way of a copy: rows lie elsewhere afterwards, over each other's old places.
             copied = self._run(count, self.columns, self._memory.data_ptr(), rows, kept, None)
-            self._run(len(rows), columns, copied.data_ptr(), np.arange(len(rows)), np.arange(columns), self._memory)
+            address = self._memory.data_ptr()
+            self._run(len(rows), columns, copied.data_ptr(), np.arange(len(rows)), np.arange(columns), address)
         self.columns = columns
+
+    def clear(self, row: int) -> None:
+        """It holds zeros."""
+        from onnxruntime import OrtValue
+
+        zeros = OrtValue.ortvalue_from_numpy(
+            np.zeros((1, self._heads, self.columns, self._head_dim), self._dtype), self._device
+        )
+        address = self._address(row)
+        self._run(1, self.columns, zeros.data_ptr(), np.zeros(1, np.int64), np.arange(self.columns), address)
 
     def _run(
         self,
@@ -62,7 +73,7 @@ class Cache:
         pointer: int,
         rows: NDArray[np.int64],
         kept: NDArray[np.int64],
-        target: "OrtValue | None",
+        target: int | None,
     ) -> "OrtValue":
         """`rows` and the `kept` columns of what lies at `pointer`, written to `target`, else to memory of its own."""
         from onnxruntime import RunOptions
@@ -76,7 +87,7 @@ class Cache:
             binding.bind_output("relaid", self._device)
         else:
             shape = (len(rows), self._heads, len(kept), self._head_dim)
-            binding.bind_output("relaid", self._device, 0, self._dtype, shape, target.data_ptr())
+            binding.bind_output("relaid", self._device, 0, self._dtype, shape, target)
         options = RunOptions()
         if self._device != "cpu":
             # Copies of many sizes would each leave a piece of memory of that size behind.
@@ -89,11 +100,14 @@ class Cache:
         shape = (rows, self._heads, self.columns, self._head_dim)
         if (first + rows) * self.columns > self._entries:
             raise IndexError(f"rows {first} to {first + rows} of {self.columns} columns end behind the cache")
-        pointer = self._memory.data_ptr() + first * int(np.prod(shape[1:])) * self._dtype.itemsize
+        pointer = self._address(first)
         if input:
             binding.bind_input(input, self._device, 0, self._dtype, shape, pointer)
         if output:
             binding.bind_output(output, self._device, 0, self._dtype, shape, pointer)
+
+    def _address(self, row: int) -> int:
+        return self._memory.data_ptr() + row * self._heads * self.columns * self._head_dim * self._dtype.itemsize
 
     def read(self, row: int) -> NDArray[Any]:
         """One row, [heads, columns, head_dim], on the host."""

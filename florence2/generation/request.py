@@ -37,21 +37,6 @@ class Request:
     def __post_init__(self) -> None:
         self.search = start(self.settings)
 
-    def check(self, sizes: Sizes) -> None:
-        """Raises InvalidRequest for tensors that no preprocessing and vision encoder of this model make."""
-        expected, room = (sizes.image_tokens, sizes.d_model), sizes.max_position_embeddings - sizes.image_tokens
-        if self.image_features.shape != expected:
-            raise InvalidRequest(
-                f"image_features must be {expected[0]} x {expected[1]}, not {self.image_features.shape}"
-            )
-        # Anything else would spread through rows of the caches that other requests use later.
-        if not np.abs(self.image_features).max() < LARGEST_FEATURE:
-            raise InvalidRequest("image_features hold values that are not finite, or larger than any picture's")
-        if not 0 < len(self.prompt_ids) <= room:
-            raise InvalidRequest(f"input_ids must be 1 to {room} tokens, not {len(self.prompt_ids)}")
-        if self.prompt_ids.min() < 0 or self.prompt_ids.max() >= sizes.vocab_size:
-            raise InvalidRequest(f"input_ids must be from 0 to {sizes.vocab_size - 1}")
-
     @property
     def num_beams(self) -> int:
         return self.settings.num_beams
@@ -60,3 +45,17 @@ class Request:
     def encoder_length(self) -> int:
         """What cross-attention sees: image tokens and prompt."""
         return len(self.image_features) + len(self.prompt_ids)
+
+
+def check_tensors(image_features: NDArray[np.float32], prompt_ids: NDArray[np.int64], sizes: Sizes) -> None:
+    """Raises InvalidRequest for tensors that no preprocessing and vision encoder of this model make."""
+    expected, room = (sizes.image_tokens, sizes.d_model), sizes.max_position_embeddings - sizes.image_tokens
+    if image_features.shape != expected:
+        raise InvalidRequest(f"image_features must be {expected[0]} x {expected[1]}, not {image_features.shape}")
+    # Anything else would spread through rows of the caches that other requests use later.
+    if not np.abs(image_features).max() < LARGEST_FEATURE:
+        raise InvalidRequest("image_features hold values that are not finite, or larger than any picture's")
+    if not 0 < len(prompt_ids) <= room:
+        raise InvalidRequest(f"input_ids must be 1 to {room} tokens, not {len(prompt_ids)}")
+    if prompt_ids.min() < 0 or prompt_ids.max() >= sizes.vocab_size:
+        raise InvalidRequest(f"input_ids must be from 0 to {sizes.vocab_size - 1}")

@@ -146,6 +146,14 @@ class GraphRunner:
         ids, logprobs = (value.numpy() for value in step.candidates)
         return [(ids[rows], logprobs[rows]) for rows in self._rows.values()]
 
+    def clear(self, request: Request) -> None:
+        """Its slot and rows hold zeros: a masked entry still meets a weight of 0, and 0 times NaN is NaN."""
+        for cache in self._cross.values():
+            cache.clear(self._slots[request])
+        for row in self._rows[request].tolist():
+            for cache in self._past.values():
+                cache.clear(row)
+
     def release(self, request: Request) -> None:
         """Its slot and rows are free from now on."""
         self._slots.pop(request, None)

@@ -23,7 +23,8 @@ class GenerationSettings:
     max_length: int
     """Decoder start included, as in HF; never more than the decoder has positions."""
     positions: int
-    """How many positions the decoder has."""
+    """How long an answer may be: what the decoder has positions for, or what the server allows."""
+    max_beams: int = MAX_BEAMS
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | None = None
     num_beams: int = 1
@@ -62,6 +63,19 @@ class GenerationSettings:
         )
         return settings.override()
 
+    def within(self, max_beams: int, max_new_tokens: int) -> "GenerationSettings":
+        """The same on a server that allows no more, neither to who asks for it nor to who says nothing;
+        `max_new_tokens` 0 allows what there are positions for."""
+        beams = min(self.max_beams, max_beams)
+        positions = min(self.positions, max_new_tokens + 1) if max_new_tokens else self.positions
+        return replace(
+            self,
+            max_beams=beams,
+            positions=positions,
+            num_beams=min(self.num_beams, beams),
+            max_length=min(self.max_length, positions),
+        )
+
     def override(
         self,
         *,
@@ -84,11 +98,11 @@ class GenerationSettings:
         return settings
 
     def _check(self) -> None:
-        if not 1 <= self.num_beams <= MAX_BEAMS:
-            raise InvalidRequest(f"num_beams must be from 1 to {MAX_BEAMS}, not {self.num_beams}")
+        if not 1 <= self.num_beams <= self.max_beams:
+            raise InvalidRequest(f"num_beams must be from 1 to {self.max_beams}, not {self.num_beams}")
         if not 2 <= self.max_length <= self.positions:
             raise InvalidRequest(
-                f"max_new_tokens must be from 1 to {self.positions - 1} for this model, not {self.max_length - 1}"
+                f"max_new_tokens must be from 1 to {self.positions - 1} here, not {self.max_length - 1}"
             )
         if self.no_repeat_ngram_size < 0:
             raise InvalidRequest(f"no_repeat_ngram_size must be 0 or more, not {self.no_repeat_ngram_size}")

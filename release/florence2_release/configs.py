@@ -7,6 +7,8 @@ profile's config is the model's config.pbtxt, and configs/ is written only when 
 the repository.
 """
 
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,11 +19,23 @@ FILE_NAME = "config.pbtxt"
 CPU = "cpu"
 _PROFILE = "profile"
 """The parameter that tells which profile a config is of."""
+_ENGINE_CACHE = "tensorrt_cache"
+CACHED = ("vision_encoder", "beam_search", "postprocess")
+"""Models that the response cache is for, where they are python models: Triton caches tensors in CPU memory only. Not
+the ensemble, of which it would keep what the first of equal requests named; a step's outputs are always all asked for.
+Not preprocess: its pixels are the largest of all, and not what takes time."""
 
 
-def settle(model: Path, versions: Sequence[int], profile: str | None) -> None:
+def settle(
+    model: Path,
+    versions: Sequence[int],
+    profile: str | None,
+    response_cache: bool | None = None,
+    engine_cache: Path | None = None,
+) -> None:
     """Writes `model`'s config.pbtxt for these versions, of `profile`, or of the one that it is of already. A model that
-    has no config of that profile takes the plain one.
+    has no config of that profile takes the plain one. `response_cache` and `engine_cache`, where TensorRT's engines are
+    kept, stay as they are if nothing is said.
 
     Of a profile that this package ships, what was set in config.pbtxt stays, as far as it is a parameter that ships, or
     the instances; while another profile holds, it waits in configs/. A profile of somebody's own is configs/NAME.pbtxt
@@ -32,11 +46,16 @@ def settle(model: Path, versions: Sequence[int], profile: str | None) -> None:
     wanted = (profile if _has(model, profile) else CPU) if profile else current
     kept, source = (_source(folder, wanted) for folder in (model, shipped() / model.name))
     if before and wanted != current and _source(shipped() / model.name, current).is_file():
-        write(model / "configs" / f"{current}.pbtxt", before)
+        write(model / "configs" / f"{current}.pbtxt", before, _source(shipped() / model.name, current))
+    if response_cache is None:
+        response_cache = before is not None and before.response_cache.enable
+    if engine_cache is None and before:
+        engine_cache = _engine_cache(before)
     config = ModelConfig()
     if not source.is_file():
-        config.CopyFrom(parsed(kept) if profile or not before else before)
-        before = None
+        own = path if before and not profile else kept
+        config.CopyFrom(parsed(own))
+        source, before = own, None
     else:
         config.CopyFrom(parsed(source))
         if wanted != current:
@@ -51,8 +70,32 @@ def settle(model: Path, versions: Sequence[int], profile: str | None) -> None:
     if wanted != CPU:
         config.parameters[_PROFILE].string_value = wanted
     config.version_policy.specific.versions[:] = versions
+    config.ClearField("response_cache")
+    if response_cache and model.name in CACHED and config.backend == "python":
+        config.response_cache.enable = True
+    if engine_cache:
+        _set_engine_cache(config, engine_cache)
     if not path.is_file() or config != parsed(path):
-        write(path, config)
+        write(path, config, source)
+
+
+def _engine_cache(config: ModelConfig) -> Path | None:
+    """Where TensorRT's engines are kept, if this model has any."""
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    found = [
+        one.parameters["trt_engine_cache_path"] for one in accelerators if "trt_engine_cache_path" in one.parameters
+    ]
+    if _ENGINE_CACHE in config.parameters:
+        found.append(config.parameters[_ENGINE_CACHE].string_value)
+    return Path(found[0]) if found else None
+
+
+def _set_engine_cache(config: ModelConfig, folder: Path) -> None:
+    for accelerator in config.optimization.execution_accelerators.gpu_execution_accelerator:
+        if "trt_engine_cache_path" in accelerator.parameters:
+            accelerator.parameters["trt_engine_cache_path"] = str(folder)
+    if _ENGINE_CACHE in config.parameters:
+        config.parameters[_ENGINE_CACHE].string_value = str(folder)
 
 
 def profile_of(config: ModelConfig) -> str:
@@ -86,14 +129,49 @@ def parsed(path: Path) -> ModelConfig:
         raise ValueError(f"{path} can't be read ({error}); correct it") from None
 
 
-def write(path: Path, config: ModelConfig) -> None:
-    """In one rename, so that Triton never reads half a file."""
+def write(path: Path, config: ModelConfig, source: Path) -> None:
+    """In one rename, so that Triton never reads half a file; with the comments that `source` has."""
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, text_format.MessageToString(config))
+    write_whole(path, _with_comments(text_format.MessageToString(config), source.read_text()))
+
+
+_STATEMENT = re.compile(r"^(\w+)(?:.*?\bkey: *\"([^\"]+)\")?", re.DOTALL)
+
+
+def _with_comments(text: str, source: str) -> str:
+    """`text` of a config as protobuf prints it, every statement behind the comment that stands before the same field,
+    or the same parameter, in `source`."""
+    comments: dict[str, str] = {}
+    comment = ""
+    for line in source.splitlines():
+        if line.startswith("#"):
+            comment += f"{line}\n"
+        elif comment:
+            if found := _STATEMENT.match(line):
+                comments[found[2] or found[1]] = comment
+            comment = ""
+    lines = []
+    # A statement begins at the margin, and so does the brace that ends it.
+    for statement in re.findall(r"^\w[^\n]*\n(?:^[ }][^\n]*\n)*", text, re.MULTILINE):
+        found = _STATEMENT.match(statement)
+        name = (found[2] if found[1] == "parameters" else found[1]) if found else None
+        lines.append(comments.pop(name, "") + statement if name else statement)
+    return "".join(lines)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """In place of what is there, or not at all."""
+    """In place of what is there, or not at all, also where the power goes."""
     scratch = path.with_name(f".{path.name}.part")
     scratch.write_text(text)
+    flush(scratch)
     scratch.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """A file's content, or a folder's names, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -35,6 +35,8 @@ NEXT = "_next"
 """Behind the name of an ensemble: the release of it that is looked at."""
 _RECORD = re.compile(r"release-(\d+)\.json")
 
+ARRIVAL = "arrival"
+"""The tensor that tells when a request came; to a step that takes none, it comes when it comes there."""
 OPTIONAL = {"vision_encoder": ("vision_encoder.plan",)}
 """What a version folder holds if the export has it: TensorRT's plan, made on the machine that serves."""
 
@@ -202,7 +204,7 @@ class Repository:
         try:
             for model in [model for model, version in models.items() if version == number]:
                 with _new_folder(self.folder / model / str(number)) as folder:
-                    _take(configs.shipped() / model / "1" / "model.py", folder / "model.py")
+                    _take(_model_py(model), folder / "model.py")
                     for file in files[model]:
                         if file == ModelSettings.FILE_NAME:
                             settings.write(folder)
@@ -235,7 +237,7 @@ class Repository:
     def offer(self, release: Release) -> None:
         """Makes it callable under its name with `_next`."""
         self.settle(release.models)
-        self._write_ensemble(release.name + NEXT, release)
+        self._write_ensemble(release.name + NEXT, release.number, release.models)
 
     def withdraw(self, name: str) -> None:
         """No release of that name is looked at any more."""
@@ -244,19 +246,26 @@ class Repository:
         (folder / configs.FILE_NAME).unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
-    def tidy(self, profile: str | None = None) -> None:
-        """Before a server starts: it loads what clients get, not what was looked at when the last one ended, and for
-        the `profile` that is named. Raises ValueError for one that is none, or that can't be written."""
+    def tidy(self, profile: str | None = None, response_cache: bool = False, engine_cache: Path | None = None) -> None:
+        """Before a server starts: it loads what clients get, not what was looked at when the last one ended, with the
+        code of this package, and for the `profile` that is named. Raises ValueError for one that is none, or for what
+        would have to be written and can't."""
         if profile:
             self.check_profile(profile)
         if not self.ensembles():
             return
         changes = profile not in (None, self.profile)
         if not os.access(self.folder, os.W_OK):
-            if changes:
+            asked = [
+                *([f"--profile {profile}"] if changes else []),
+                *(["--response-cache"] if response_cache and not self.response_cache else []),
+                *(["a server without --response-cache"] if self.response_cache and not response_cache else []),
+                *(["this release of florence2-triton"] if self.outdated() else []),
+            ]
+            if asked:
                 raise ValueError(
-                    f"{self.folder} is for the profile {self.profile} and can't be written: start the server once "
-                    f"where it can, or release with --profile {profile}"
+                    f"{self.folder} is not made for {' and '.join(asked)}, and can't be written: start the server once "
+                    "where it can be"
                 )
             return
         try:
@@ -267,11 +276,44 @@ class Repository:
                     if name.endswith(NEXT):
                         self.withdraw(name.removesuffix(NEXT))
                 self.sweep()
+                self._bring_up_to_date()
                 # Named even if it is what was there: a kill may have left models of two.
-                self.settle(profile=profile or self.profile)
+                self.settle(profile=profile or self.profile, response_cache=response_cache, engine_cache=engine_cache)
+                for name in self.ensembles():
+                    self._write_ensemble(name, self.live(name), self.pins(name))
         except BlockingIOError:
             if changes:
                 raise ValueError(f"another command is at work on {self.folder}; start again when it is done") from None
+
+    def outdated(self) -> list[Path]:
+        """Copies of model.py that another release of this package made."""
+        found = []
+        for model in FILES:
+            own = _model_py(model).read_bytes()
+            copies = [path for path in self.folder.glob(f"{model}/*/model.py") if path.parent.name.isdigit()]
+            found += [path for path in copies if path.read_bytes() != own]
+        return sorted(found)
+
+    def check_up_to_date(self) -> None:
+        """Raises ValueError if a server that runs was started by another release of this package."""
+        if self.outdated():
+            raise ValueError(
+                f"the models in {self.folder} are those of another release of florence2-triton: stop and start "
+                "`florence2 serve`, which brings them up to date, and give the same command again"
+            )
+
+    def _bring_up_to_date(self) -> None:
+        for path in self.outdated():
+            configs.write_whole(path, _model_py(path.parents[1].name).read_text())
+        # After the files, and for all: a kill in between leaves records that the next start finds.
+        sha256 = {model: sha256_of(_model_py(model)) for model in FILES}
+        for release in self.releases():
+            before = {model: dict(files) for model, files in release.files.items()}
+            for model, files in release.files.items():
+                if "model.py" in files:
+                    files["model.py"] = sha256[model]
+            if release.files != before:
+                self.write(release)
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
@@ -297,6 +339,11 @@ class Repository:
         found = [configs.profile_of(config) for model in FILES if (config := self.config(model))]
         return next((profile for profile in found if profile != configs.CPU), configs.CPU)
 
+    @property
+    def response_cache(self) -> bool:
+        """Whether the models are configured for it."""
+        return any(config.response_cache.enable for model in configs.CACHED if (config := self.config(model)))
+
     def check_profile(self, profile: str) -> None:
         """Raises ValueError for one that neither this package has nor the repository."""
         known = {configs.CPU, *(path.stem for path in configs.shipped().glob("*/configs/*.pbtxt"))}
@@ -310,17 +357,23 @@ class Repository:
         self.settle(release.models)
         release.standby = standby
         self.write(release)
-        self._write_ensemble(release.name, release)
+        self._write_ensemble(release.name, release.number, release.models)
         release.outcome = "live"
         self.write(release)
 
-    def settle(self, *also: Mapping[str, Collection[int] | int], profile: str | None = None) -> None:
-        """Writes the versions that are wanted into the models' configs, and `also` others. They stay of the profile
-        that they are of, if no other is named."""
+    def settle(
+        self,
+        *also: Mapping[str, Collection[int] | int],
+        profile: str | None = None,
+        response_cache: bool | None = None,
+        engine_cache: Path | None = None,
+    ) -> None:
+        """Writes the versions that are wanted into the models' configs, and `also` others. What is not named stays as
+        it is, the profile too."""
         for model, versions in self.wanted().items():
             added = {version for one in also for version in _versions(one.get(model, ()))}
             if versions or added:
-                configs.settle(self.folder / model, sorted({*versions, *added}), profile)
+                configs.settle(self.folder / model, sorted({*versions, *added}), profile, response_cache, engine_cache)
 
     def remove_models(self, release: Release) -> None:
         """Its models that no other release has. Its record stays: its number is never used again."""
@@ -376,17 +429,34 @@ class Repository:
                 return release.models[model]
         return None
 
-    def _write_ensemble(self, name: str, release: Release) -> None:
-        config = configs.parsed(configs.shipped() / ENSEMBLE / configs.FILE_NAME)
+    def _write_ensemble(self, name: str, number: int | None, models: Mapping[str, int]) -> None:
+        assert number is not None
+        source = configs.shipped() / ENSEMBLE / configs.FILE_NAME
+        config = configs.parsed(source)
         config.name = name
-        config.version_policy.specific.versions[:] = [release.number]
-        for step in config.ensemble_scheduling.step:
-            step.model_version = release.models[step.model_name]
-        version = self.folder / name / str(release.number)
+        config.version_policy.specific.versions[:] = [number]
+        steps = config.ensemble_scheduling.step
+        for step in steps:
+            step.model_version = models[step.model_name]
+            if not self._takes_arrival(step.model_name):
+                step.input_map.pop(ARRIVAL, None)
+        if not any(ARRIVAL in step.input_map for step in steps):
+            # Triton refuses tensors that nobody reads.
+            for step in steps:
+                step.output_map.pop(ARRIVAL, None)
+        version = self.folder / name / str(number)
         version.mkdir(parents=True, exist_ok=True)
-        # Object storage has no empty folders.
-        (version / "release.txt").write_text(f"release-{release.number}.json\n")
-        configs.write(self.folder / name / configs.FILE_NAME, config)
+        if not (version / "release.txt").is_file():
+            # Object storage has no empty folders.
+            configs.write_whole(version / "release.txt", f"release-{number}.json\n")
+        path = self.folder / name / configs.FILE_NAME
+        if not path.is_file() or configs.parsed(path) != config:
+            configs.write(path, config, source)
+
+    def _takes_arrival(self, model: str) -> bool:
+        """Not what Triton's own backends run; and a cached answer is found by all inputs of a step."""
+        config = self.config(model)
+        return bool(config and not config.response_cache.enable and any(one.name == ARRIVAL for one in config.input))
 
 
 def install(
@@ -450,12 +520,16 @@ def _checked(export: Path) -> Manifest:
 
 def _hashes(model: str, export: Path, manifest: Manifest, settings: ModelSettings) -> dict[str, str]:
     own = {
-        "model.py": sha256_of(configs.shipped() / model / "1" / "model.py"),
+        "model.py": sha256_of(_model_py(model)),
         ModelSettings.FILE_NAME: settings.sha256(),
     }
     found = {name: own.get(name) or manifest.files[name] for name in ("model.py", *FILES[model])}
     optional = [name for name in OPTIONAL.get(model, ()) if (export / name).is_file()]
     return found | {name: sha256_of(export / name) for name in optional}
+
+
+def _model_py(model: str) -> Path:
+    return configs.shipped() / model / "1" / "model.py"
 
 
 def _read(path: Path) -> Release:
@@ -473,7 +547,10 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     try:
         scratch.chmod(0o755)
         yield scratch
+        for path in (*scratch.iterdir(), scratch):
+            configs.flush(path)
         scratch.rename(folder)
+        configs.flush(folder.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise

@@ -48,6 +48,7 @@ class Rollout:
         """Raises Refused; RuntimeError or ValueError where something else than the release is in the way: the same
         command goes on when that is mended."""
         with self.repository.locked():
+            self.repository.check_up_to_date()
             self.repository.sweep()
             release = self._begun(prepared, name)
             if release is None:
@@ -341,6 +342,7 @@ class Rollout:
 
     def _give_up(self, release: Release, outcome: str) -> None:
         self._withdraw(release)
+        self.triton.forget(self.repository, release)
         release.outcome = outcome
         self.repository.write(release)
         self.repository.remove_models(release)

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
+from florence2.backend.occupancy import SHM_PREFIX
 from florence2_release import keeper
 from florence2_release.configs import parsed
 from florence2_release.installation import (
@@ -45,6 +46,7 @@ class TritonServer:
     http_port, grpc_port, metrics_port: 0 picks a free one; the attributes tell which after `start`.
     log: where the server's output goes; by default a file that goes with `stop` (`log_text` still has it).
     cache_size: bytes of the response cache; None for none.
+    max_http_size: bytes that an HTTP request may have; None for Triton's own bound.
     drain_seconds: how long `stop` lets requests in flight finish.
     """
 
@@ -58,13 +60,14 @@ class TritonServer:
         metrics_port: int = 0,
         log: str | os.PathLike[str] | None = None,
         cache_size: int | None = None,
+        max_http_size: int | None = None,
         drain_seconds: int = 30,
     ) -> None:
         self.repository = Path(repository).absolute()
         self.host = host
         self.http_port, self.grpc_port, self.metrics_port = http_port, grpc_port, metrics_port
         self.log_path = Path(log).absolute() if log else None
-        self.cache_size = cache_size
+        self.cache_size, self.max_http_size = cache_size, max_http_size
         self.drain_seconds = drain_seconds
         self.installation: Installation | None = None
         self.pid: int | None = None
@@ -107,6 +110,8 @@ class TritonServer:
         address = ipv4(self.host)
         if self.installation.wheel:
             _check_backends(self.repository)
+            if self.max_http_size is not None:
+                raise ServerError("nvidia-pytriton's server has no bound of HTTP requests to set; leave it out there")
         with contextlib.ExitStack() as ports, contextlib.ExitStack() as on_failure:
             self._choose_ports(address, ports)
             runtime = Path(tempfile.mkdtemp(prefix="florence2-triton-"))
@@ -142,7 +147,7 @@ class TritonServer:
             self._log_fd = os.open(log, os.O_RDONLY)
             self._keeper = subprocess.Popen(
                 [sys.executable, "-I", "-S", keeper.__file__, json.dumps(self._job)],
-                env=env,
+                env={**env, SHM_PREFIX: shm_prefix},
                 cwd=runtime,  # the stub's sys.path starts with its working directory
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -172,11 +177,15 @@ class TritonServer:
             "metrics-address": address,
             "metrics-port": self.metrics_port,
             "exit-timeout-secs": self.drain_seconds,
+            # Strictly, one version of one model that is loading, or was refused, makes the server unready.
+            "strict-readiness": "false",
             # What a killed stub leaves in /dev/shm is found by its name.
             "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         }
         if self.cache_size is not None:
             options["cache-config"] = f"local,size={self.cache_size}"
+        if self.max_http_size is not None:
+            options["http-max-input-size"] = self.max_http_size
         if self.installation.wheel:
             options["backend-directory"] = runtime / "backends"
             options["cache-directory"] = self.installation.wheel / "caches"
@@ -192,11 +201,15 @@ class TritonServer:
         return self._keeper is not None and self._keeper.poll() is None
 
     def is_ready(self) -> bool:
-        """Whether every model is loaded and the server takes requests."""
+        """Whether the server takes requests: not before the models are loaded that it starts with."""
         connection = http.client.HTTPConnection(self._reachable, self.http_port, timeout=5)
         try:
             connection.request("GET", "/v2/health/ready")
-            return connection.getresponse().status == 200
+            if connection.getresponse().status != 200:
+                return False
+            # The last endpoint that it opens.
+            socket.create_connection((self._reachable, self.metrics_port), timeout=5).close()
+            return True
         except (OSError, http.client.HTTPException):
             return False
         finally:

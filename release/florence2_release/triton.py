@@ -1,15 +1,20 @@
 """What a running Triton has loaded, told over gRPC, and moved to what the repository's configs say."""
 
+import logging
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
-from florence2_release.repository import FILES, NEXT, Repository
+from florence2_release import configs
+from florence2_release.repository import FILES, NEXT, Release, Repository
 
+logger = logging.getLogger(__name__)
 LOADING, ANSWERING = 3600, 30
 """Seconds that a model may take to load, and anything else."""
 
@@ -107,6 +112,33 @@ class Triton:
             if loaded.get(model, set()) != set(versions):
                 self._load(model)
 
+    def forget(self, repository: Repository, release: Release) -> None:
+        """Triton lists what it could not load as failed until the same version was loaded, and retired. Of a release
+        that nobody gets: its own versions are overwritten."""
+        for model, reason in sorted(self._failed(release)):
+            folder = repository.folder / model / str(release.models[model])
+            try:
+                _make_loadable(repository, model, folder)
+                repository.settle({model: [int(folder.name)]})
+                self._publish()
+                self._load(model)
+            except (OSError, LoadError) as error:
+                logger.warning("Triton goes on listing %s %s as failed (%s): %s", model, folder.name, reason, error)
+            finally:
+                repository.settle()
+            self._publish()
+            self._load(model)
+
+    def _failed(self, release: Release) -> set[tuple[str, str]]:
+        index = self._ask(self._client.get_model_repository_index).models
+        own = {(model, str(version)) for model, version in release.models.items() if version == release.number}
+        retired = ("", "unloaded")
+        return {
+            (one.name, one.reason)
+            for one in index
+            if (one.name, one.version) in own and one.state == "UNAVAILABLE" and one.reason not in retired
+        }
+
     def _publish(self) -> None:
         if self.publish:
             done = subprocess.run(self.publish, shell=True, stderr=subprocess.PIPE, text=True)
@@ -127,6 +159,23 @@ class Triton:
             raise RuntimeError(
                 f"no server at {self.url} ({error.message()}); start it, and give the same command again"
             ) from error
+
+
+def _make_loadable(repository: Repository, model: str, folder: Path) -> None:
+    """As small as can be of a python model; of a model of Triton's own backends another version's files."""
+    config = repository.config(model)
+    if config is not None and config.backend == "python":
+        configs.write_whole(folder / "model.py", _LOADS)
+        return
+    live = repository.folder / model / str(max(repository.wanted()[model]))
+    for path in live.iterdir():
+        shutil.copyfile(path, folder / path.name)
+
+
+_LOADS = """class TritonPythonModel:
+    def execute(self, requests):
+        raise RuntimeError("a release that was refused")
+"""
 
 
 def _is_there(repository: Repository, model: str, version: int) -> bool:

@@ -1,0 +1,79 @@
+"""Image bytes and prompt -> pixels at the model's size and prompt token ids."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Condition
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from florence2.backend.admission import Admission
+from florence2.backend.figures import WORKER_COUNTERS
+from florence2.backend.metrics import Metrics
+from florence2.backend.occupancy import PREPROCESS, Occupancy
+from florence2.backend.tensors import ARRIVAL, Arrival, Tensors, at_least, parameters, version_folder
+from florence2.backend.worker import Worker
+from florence2.generation.sessions import available_cores
+from florence2.images import Limits, Resizer, check_bytes, decode
+from florence2.manifest import ModelSettings, read_json
+from florence2.prompts import PromptEncoder, read_prompt
+
+
+class TritonPythonModel:
+    def initialize(self, args: Any) -> None:
+        folder, given = version_folder(args), parameters(args)
+        self.limits = Limits(float(given["max_megapixels"]), float(given["max_megabytes"]))
+        self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
+        self.sizes = ModelSettings.read(folder).sizes
+        self.prompts = PromptEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")), self.sizes)
+        self.budget = Budget(float(given["megapixels_at_once"]))
+        self.numbers = itertools.count(1)
+        occupancy = Occupancy(PREPROCESS)
+        self.admission = Admission(occupancy)
+        at_once = at_least(0, given, "at_once") or available_cores()
+        self.worker = Worker(self.answer, given, Metrics(args, WORKER_COUNTERS, {}), occupancy, at_once, self.check)
+
+    def execute(self, requests: Any) -> None:
+        for request in requests:
+            self.worker.submit(request)
+
+    def check(self, tensors: Tensors, deadline: float) -> None:
+        check_bytes(tensors["image"][0], self.limits)
+        read_prompt(tensors["prompt"][0], self.sizes.max_position_embeddings)
+        self.admission.check(deadline)
+
+    def answer(self, tensors: Tensors, arrival: Arrival) -> Tensors:
+        prompt = read_prompt(tensors["prompt"][0], self.sizes.max_position_embeddings)
+        input_ids = self.prompts.encode(prompt)
+        image = decode(tensors["image"][0], self.limits, self.budget.take)
+        return {
+            "pixels": self.resizer(image),
+            "input_ids": input_ids,
+            "image_size": np.array(image.size),
+            ARRIVAL: np.array([arrival.nanoseconds, next(self.numbers)]),
+        }
+
+    def finalize(self) -> None:
+        self.worker.stop()
+
+
+class Budget:
+    """Megapixels that are decoded at the same time."""
+
+    def __init__(self, most: float) -> None:
+        self._most, self._used, self._changed = most, 0.0, Condition()
+
+    @contextmanager
+    def take(self, megapixels: float) -> Iterator[None]:
+        """Waits until there is room. A picture larger than all of it is decoded alone."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + megapixels <= self._most)
+            self._used += megapixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= megapixels
+                self._changed.notify_all()

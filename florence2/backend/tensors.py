@@ -1,0 +1,127 @@
+"""Between Triton's requests and ours: tensors, parameters, deadlines, answers and errors."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Triton puts this module on the path of its Python stubs; tests put a fake there.
+import triton_python_backend_utils as pb_utils
+from numpy.typing import NDArray
+
+from florence2.errors import Cancelled, InvalidRequest, TimeIsOver, Unavailable
+
+Tensors = Mapping[str, NDArray[Any]]
+
+ARRIVAL = "arrival"
+"""The tensor, INT64 [2], that preprocess hands on: when the request came, in nanoseconds of CLOCK_MONOTONIC, which all
+processes of a machine share, and its number there."""
+
+# What a failure is counted as, and by what name Triton knows it: the stub fills its module in only after this one is
+# imported.
+_ERRORS: tuple[tuple[type[Exception], str, str], ...] = (
+    (InvalidRequest, "client", "INVALID_ARG"),
+    (Cancelled, "client", "CANCELLED"),
+    (TimeIsOver, "deadline", "UNAVAILABLE"),
+    (Unavailable, "overload", "UNAVAILABLE"),
+    (Exception, "server", "INTERNAL"),
+)
+REASONS = ("client", "overload", "deadline", "server")
+
+
+def version_folder(args: Mapping[str, str]) -> Path:
+    """The folder of the model version that `initialize` was called for."""
+    return Path(args["model_repository"]) / args["model_version"]
+
+
+def parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """`parameters` of config.pbtxt."""
+    config = json.loads(args["model_config"])
+    return {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
+
+
+def at_least(least: int, given: Mapping[str, str], name: str) -> int:
+    """A parameter that counts something. Raises ValueError."""
+    if int(given[name]) < least:
+        raise ValueError(f"{name} is {given[name]} in config.pbtxt; it must be {least} or more")
+    return int(given[name])
+
+
+def views(request: Any) -> dict[str, NDArray[Any]]:
+    """The request's tensors by name, without the batch dimension, which is 1; optional ones that it leaves out are
+    missing. Their memory is the server's again when `execute` returns."""
+    return {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
+
+
+def copies(tensors: Tensors) -> dict[str, NDArray[Any]]:
+    """What lasts."""
+    return {name: value.copy() for name, value in tensors.items()}
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """When a request came to the server, and what it is called in logs."""
+
+    nanoseconds: int
+    number: int
+
+    @classmethod
+    def of(cls, tensors: Tensors) -> "Arrival":
+        """As preprocess told it; now, of a request that came here directly."""
+        now = time.monotonic_ns()
+        if ARRIVAL not in tensors:
+            return cls(now, 0)
+        nanoseconds, number = tensors[ARRIVAL].tolist()
+        # Nobody comes from the future, and what is long past must not leave the range of a float's whole numbers.
+        return cls(min(max(nanoseconds, 0), now), number)
+
+    def deadline(self, request: Any, timeout: float) -> float:
+        """When to give up, on `time.monotonic`'s clock. A request may ask for less than `timeout` seconds, not for
+        more: as in Triton's own queues."""
+        return self.nanoseconds / 1e9 + min(timeout, request.timeout() / 1e6 or timeout)
+
+
+def response(answer: Tensors | Exception, what: str) -> Any:
+    """Output tensors by name, the batch dimension added, or an error, whose log line says `what` failed."""
+    if not isinstance(answer, Exception):
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, value[None]) for name, value in answer.items()])
+    code = next(code for kind, _, code in _ERRORS if isinstance(answer, kind))
+    text = str(answer)
+    if code == "INTERNAL":
+        pb_utils.Logger.log_error(f"{what} failed: {answer!r}")
+        text = f"{type(answer).__name__}: {answer}"
+    error = pb_utils.TritonError(text, getattr(pb_utils.TritonError, code))
+    return pb_utils.InferenceResponse(output_tensors=[], error=error)
+
+
+def reason(error: Exception) -> str:
+    """One of REASONS."""
+    return next(reason for kind, reason, _ in _ERRORS if isinstance(error, kind))
+
+
+class Responder:
+    """Answers one request, once, from any thread, after `execute` has returned."""
+
+    def __init__(self, request: Any, failed: Callable[[Exception], None] = lambda error: None) -> None:
+        """`failed` is told of an answer that is an error."""
+        self._sender, self._failed = request.get_response_sender(), failed
+        self.what = f"request {request.request_id()!r}"
+
+    def __call__(self, answer: Tensors | Exception) -> None:
+        if isinstance(answer, Exception):
+            self._failed(answer)
+        try:
+            self._send(answer)
+        except Exception as error:
+            # No shared memory for the answer, perhaps; an error needs little. Unanswered, a request waits for ever.
+            self._send(error)
+
+    def _send(self, answer: Tensors | Exception) -> None:
+        # Answer and end in one call: Triton's response cache takes nothing else.
+        self._sender.send(response(answer, self.what), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def is_cancelled(self) -> bool:
+        """Asks the server. Always false behind an ensemble, which passes no cancel on."""
+        return self._sender.is_cancelled()

@@ -1,0 +1,73 @@
+"""Pixels -> image features, by ONNX Runtime in this process; used where Triton has no backend for the graph."""
+
+import hashlib
+from collections import OrderedDict
+from concurrent.futures import Future
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from florence2.backend.figures import WORKER_COUNTERS
+from florence2.backend.metrics import Metrics
+from florence2.backend.occupancy import VISION_ENCODER, Occupancy
+from florence2.backend.tensors import Arrival, Tensors, at_least, parameters, version_folder
+from florence2.backend.worker import Worker
+from florence2.errors import InvalidRequest
+from florence2.faults import Faults, end_process
+from florence2.generation.sessions import session
+
+
+class TritonPythonModel:
+    def initialize(self, args: Any) -> None:
+        given = parameters(args)
+        graph = version_folder(args) / "vision_encoder.onnx"
+        self.name = f"{args['model_name']} {args['model_version']}"
+        self.graph = session(graph, given["execution_provider"], int(given["threads"]))
+        self.shape = tuple(self.graph.get_inputs()[0].shape[1:])
+        self.faults = Faults()
+        self.kept = int(given["recent_pictures"])
+        self.recent: OrderedDict[Any, Future[np.ndarray]] = OrderedDict()
+        self.lock = Lock()
+        metrics, occupancy = Metrics(args, WORKER_COUNTERS, {}), Occupancy(VISION_ENCODER)
+        self.worker = Worker(self.answer, given, metrics, occupancy, at_least(1, given, "at_once"), self.check)
+
+    def execute(self, requests: Any) -> None:
+        for request in requests:
+            self.worker.submit(request)
+
+    def check(self, tensors: Tensors, deadline: float) -> None:
+        if tensors["pixels"].shape != self.shape:
+            raise InvalidRequest(f"pixels must be {self.shape}, not {tensors['pixels'].shape}")
+
+    def answer(self, tensors: Tensors, arrival: Arrival) -> Tensors:
+        # Triton looks into its response cache when a request arrives: without this, several tasks on one picture that
+        # arrive while the first of them is computed would each be computed.
+        pixels = tensors["pixels"]
+        key = hashlib.sha256(pixels).digest()
+        with self.lock:
+            features = self.recent.get(key)
+            if found := features is not None:
+                self.recent.move_to_end(key)
+            else:
+                features = self.recent[key] = Future()
+                if len(self.recent) > self.kept:
+                    self.recent.popitem(last=False)
+        if not found:
+            self.compute(pixels, key, features)
+        return {"image_features": features.result()}
+
+    def compute(self, pixels: np.ndarray, key: bytes, features: "Future[np.ndarray]") -> None:
+        try:
+            features.set_result(self.graph.run(None, {"pixels": pixels[None]})[0][0])
+            self.faults.worked()
+        except Exception as error:
+            with self.lock:
+                self.recent.pop(key, None)
+            features.set_exception(error)
+            if self.faults.failed(error):
+                end_process(self.name, error, pb_utils.Logger.log_error)
+
+    def finalize(self) -> None:
+        self.worker.stop()

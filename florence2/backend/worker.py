@@ -1,0 +1,144 @@
+"""Threads that answer requests, one after the other each."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from threading import Condition, Thread
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from florence2.backend.figures import TIMES
+from florence2.backend.metrics import Metrics
+from florence2.backend.occupancy import Occupancy
+from florence2.backend.tensors import Arrival, Responder, Tensors, at_least, copies, views
+from florence2.errors import TimeIsOver, Unavailable
+
+MEGA = 1e6
+
+
+@dataclass(frozen=True)
+class Waiting:
+    tensors: Tensors
+    responder: Responder
+    arrival: Arrival
+    deadline: float
+    came: float
+    """Here, on `time.monotonic`'s clock."""
+    bytes: int
+
+
+class Worker:
+    """Bounds what waits, by number and by bytes, and what is too late.
+
+    Not Triton's own queue policy: with one and with batches of 1, the dynamic batcher misses that an instance became
+    idle and sleeps for up to half a second (core, `DynamicBatchScheduler::WaitForPayloadSlotAvailable`): 64 requests at
+    once took 6 s instead of 0.5.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Tensors, Arrival], Tensors],
+        given: Mapping[str, str],
+        metrics: Metrics,
+        occupancy: Occupancy,
+        at_once: int = 1,
+        check: Callable[[Tensors, float], None] = lambda tensors, deadline: None,
+    ) -> None:
+        """`given`: the model's parameters, of which max_waiting, max_waiting_megabytes (if it has that) and
+        timeout_seconds are read. `metrics`: of WORKER_COUNTERS. `at_once` requests are answered at the same time.
+        `check` raises for one that can't be, by its tensors and its deadline, before anything of it is copied."""
+        self._answer, self._check = answer, check
+        self._metrics, self._occupancy = metrics, occupancy
+        self._figures = dict.fromkeys(TIMES, 0.0)
+        self._timeout = float(given["timeout_seconds"])
+        self._most = at_least(1, given, "max_waiting")
+        self._most_bytes = float(given.get("max_waiting_megabytes", "inf")) * MEGA
+        self._waiting: deque[Waiting] = deque()
+        self._changed = Condition()
+        self._held = self._bytes = 0
+        self._stopping = False
+        self._threads = [Thread(target=self._run, name="worker", daemon=True) for _ in range(at_once)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, request: Any) -> None:
+        """Never waits. What there is no room for is answered UNAVAILABLE."""
+        responder = Responder(request, self._metrics.failed)
+        try:
+            tensors = views(request)
+            arrival = Arrival.of(tensors)
+            deadline = arrival.deadline(request, self._timeout)
+            self._admit(tensors, deadline)
+            item = Waiting(copies(tensors), responder, arrival, deadline, time.monotonic(), size(tensors))
+        except Exception as error:
+            responder(error)
+            return
+        with self._changed:
+            self._waiting.append(item)
+            self._hold(1, item.bytes)
+            self._changed.notify()
+
+    def _admit(self, tensors: Tensors, deadline: float) -> None:
+        if len(self._waiting) >= self._most:
+            raise Unavailable(f"{self._most} requests are waiting already; try again later")
+        # One alone may be larger than the bound.
+        if self._held and self._bytes + size(tensors) > self._most_bytes:
+            raise Unavailable(f"{self._bytes / MEGA:.0f} MB are waiting already; try again later")
+        self._check(tensors, deadline)
+
+    def stop(self) -> None:
+        """After those that wait."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._metrics.close()
+        self._occupancy.close()
+
+    def _hold(self, requests: int, bytes: int) -> None:
+        self._held, self._bytes = self._held + requests, self._bytes + bytes
+        self._occupancy.hold(self._held)
+
+    def _next(self) -> Waiting | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopping)
+            return self._waiting.popleft() if self._waiting else None
+
+    def _run(self) -> None:
+        while item := self._next():
+            began = time.monotonic()
+            try:
+                if began >= item.deadline:
+                    raise TimeIsOver("the request's time was over before its turn; allow more, or try again later")
+                answer: Tensors | Exception = self._answer(item.tensors, item.arrival)
+            except Exception as error:
+                answer = error
+            except BaseException as error:  # a panic of tokenizers, which is in Rust, is no Exception
+                answer = RuntimeError(repr(error))
+            # Before the answer: who has it may ask again, and must find the room.
+            with self._changed:
+                self._hold(-1, -item.bytes)
+            try:
+                item.responder(answer)
+            except Exception as error:
+                pb_utils.Logger.log_error(f"an answer could not be delivered: {error!r}")
+            self._count(began - item.came, time.monotonic() - began)
+
+    def _count(self, *seconds: float) -> None:
+        """`seconds`: of one request, in the order of TIMES."""
+        with self._changed:
+            for name, more in zip(TIMES, seconds, strict=True):
+                self._figures[name] += more
+            if self._metrics.are_due() or not self._waiting:
+                self._metrics.try_report(self._figures)
+
+
+def size(tensors: Tensors) -> int:
+    """Bytes."""
+    return sum(
+        sum(map(len, value.reshape(-1))) if value.dtype == np.object_ else value.nbytes for value in tensors.values()
+    )

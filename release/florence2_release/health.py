@@ -1,0 +1,98 @@
+"""The readiness that probes ask: Triton's own says nothing of a model's process, or an ensemble's steps."""
+
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from florence2_release import processes
+from florence2_release.repository import Repository
+from florence2_release.server import ServerError, TritonServer, ipv4
+
+FRESH = 0.5
+"""Seconds for which a look at the server is good."""
+
+
+class Health:
+    """Of a server that this process has started."""
+
+    def __init__(self, server: TritonServer) -> None:
+        self._server = server
+        self._names = set(Repository(server.repository).names())
+        self._lock = threading.Lock()
+        self._looked, self._trouble = 0.0, ""
+        self.is_draining = False
+
+    def trouble(self) -> str:
+        """Why clients should go elsewhere; nothing while every ensemble, the models that it pins and their processes
+        are there."""
+        if self.is_draining:
+            return "the server is stopping"
+        with self._lock:
+            if time.monotonic() - self._looked > FRESH:
+                self._trouble = self._look()
+                self._looked = time.monotonic()
+            return self._trouble
+
+    def _look(self) -> str:
+        if not self._server.is_alive():
+            return "the server is being started"
+        try:
+            ready = processes.ready(self._server)
+            pinned = {version for name in self._names for version in self._pins(name, ready)}
+            if missing := sorted(pinned - ready):
+                return f"{_named(missing)} is not ready"
+            if lost := sorted(processes.incomplete(self._server, pinned)):
+                return f"{_named(lost)} has lost its process"
+        except Exception as error:
+            return f"the server does not answer: {error!r}"
+        return ""
+
+    def _pins(self, name: str, ready: set[processes.Version]) -> set[processes.Version]:
+        """Of the ensemble as it is loaded: what is on the disk may be on its way."""
+        versions = {version for model, version in ready if model == name}
+        if not versions:
+            return {(name, 0)}
+        steps = processes.config(self._server, name, max(versions))["ensemble_scheduling"]["step"]
+        return {(step["model_name"], int(step["model_version"])) for step in steps}
+
+
+def _named(versions: list[processes.Version]) -> str:
+    return ", ".join(f"{model} {version}" if version else model for model, version in versions)
+
+
+def serve_health(health: Health, host: str, port: int) -> ThreadingHTTPServer:
+    """GET /ready: 200, or 503 with the reason. `port` 0 picks a free one. Raises ServerError."""
+    handler = type("Handler", (_Handler,), {"trouble": staticmethod(health.trouble)})
+    try:
+        server = ThreadingHTTPServer((ipv4(host), port), handler)
+    except (OSError, OverflowError) as error:
+        raise ServerError(
+            f"cannot listen on {host} port {port} (health): {error}; name another --health-port"
+        ) from error
+    threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
+    return server
+
+
+class _Handler(BaseHTTPRequestHandler):
+    trouble: Callable[[], str]
+    timeout = 10
+
+    def do_GET(self) -> None:
+        if self.path != "/ready":
+            self._answer(404, "there is /ready")
+        elif trouble := self.trouble():
+            self._answer(503, trouble)
+        else:
+            self._answer(200, "ready")
+
+    def _answer(self, status: int, text: str) -> None:
+        content = f"{text}\n".encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "text/plain; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Probes come every few seconds."""
