@@ -20,18 +20,16 @@ RUN pip install --no-deps --no-build-isolation .
 FROM nvcr.io/nvidia/tritonserver:${TRITON}
 COPY --from=build /opt/florence2 /opt/florence2
 # 1000 is NVIDIA's triton-server, which has no home. /cache is its home and keeps what a GPU's first start compiles.
-# ONNX Runtime's TensorRT engines go to where the profile tensorrt-ep and tensorrt keep them.
-RUN install --directory --owner=1000 --group=1000 /models /cache /cache/tensorrt \
-    && ln -s /cache/tensorrt /tmp/florence2-tensorrt
+RUN install --directory --owner=1000 --group=1000 /models /cache
 # A __pycache__ beside a model.py would count as a change of the model.
 ENV PATH=/opt/florence2/bin:$PATH \
     HOME=/cache \
     PYTHONDONTWRITEBYTECODE=1
 USER 1000:1000
 VOLUME ["/models", "/cache"]
-EXPOSE 8000 8001 8002
+EXPOSE 8000 8001 8002 8003
 # TensorRT may build engines first.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30m \
-    CMD ["curl", "-fsS", "-o", "/dev/null", "http://127.0.0.1:8000/v2/health/ready"]
+    CMD ["curl", "-fsS", "-o", "/dev/null", "http://127.0.0.1:8003/ready"]
 # The entrypoint stays NVIDIA's, which checks the driver and then execs this, so that SIGTERM reaches it and it drains.
 CMD ["florence2", "serve", "--repository", "/models", "--host", "0.0.0.0", "--profile", "cuda"]

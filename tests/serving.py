@@ -54,8 +54,8 @@ def serve(
             assert key in config.parameters
             config.parameters[key].string_value = str(value)
         path.write_text(text_format.MessageToString(config))
-    change(repository)
     Repository(repository).tidy(response_cache=cache_size is not None)
+    change(repository)
     with TritonServer(repository, cache_size=cache_size) as server:
         server.wait_ready()
         yield server

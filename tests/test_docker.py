@@ -20,8 +20,8 @@ from conftest import ROOT
 from florence2_release.server import TritonServer
 from packaging.requirements import Requirement
 
-from florence2.cli import COMMANDS, serve
 from florence2.backend.figures import COUNTERS, GAUGES
+from florence2.cli import COMMANDS, serve
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 LOCK = (ROOT / "docker" / "requirements.txt").read_text()
@@ -152,10 +152,10 @@ def test_ports_are_those_of_serve() -> None:
     serve.add_arguments(parser)
     # As the image starts it, or an option of CMD would be unknown.
     args = parser.parse_args(json.loads(last("CMD"))[2:])
-    ports = [args.http_port, args.grpc_port, args.metrics_port]
+    ports = [args.http_port, args.grpc_port, args.metrics_port, args.health_port]
     assert [int(port) for port in last("EXPOSE").split()] == ports
     assert COMPOSE["services"]["server"]["ports"] == [f"127.0.0.1:{port}:{port}" for port in ports]
-    assert f"http://127.0.0.1:{args.http_port}/v2/health/ready" in last("HEALTHCHECK")
+    assert f"http://127.0.0.1:{args.health_port}/ready" in last("HEALTHCHECK")
     assert SCRAPE["scrape_configs"][0]["static_configs"] == [{"targets": [f"server:{args.metrics_port}"]}]
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,13 +21,14 @@ import pytest
 from conftest import DEMO_CHECKPOINT
 from florence2_client import Florence2Client, ServerRefused
 from florence2_release.gate import Gate, load_gate
+from florence2_release.health import Health, serve_health
 from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.prepare import Prepared
 from florence2_release.repository import ENSEMBLE, Release, Repository, install
 from florence2_release.rollout import Refused, Rollout, roll_back
 from florence2_release.server import TritonServer
-from florence2_release.watchdog import Watchdog
 from florence2_release.triton import Triton
+from florence2_release.watchdog import Watchdog
 from serving import HANGS, PICTURES, client
 
 from florence2.cli import main
@@ -95,6 +98,7 @@ def answers(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def served(export: Path, folder: Path, cache_size: int | None = None) -> Iterator[tuple[Repository, TritonServer]]:
     repository = Repository(folder / "repository")
     install(export, repository.folder)
+    repository.tidy(response_cache=cache_size is not None)
     with TritonServer(repository.folder, cache_size=cache_size) as server:
         server.wait_ready()
         yield repository, server
@@ -112,6 +116,38 @@ def released(
     say = said.append if said is not None else lambda line: None
     rollout = Rollout(repository, Triton(server.grpc_url), gate, say, server.metrics_url)
     return rollout.run(Prepared(export, None), name, force)
+
+
+def status_of(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=HANGS) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@contextmanager
+def always_ready(server: TritonServer) -> Iterator[None]:
+    """What a probe asks answers 200 all the time."""
+    health = Health(server)
+    endpoint = serve_health(health, "127.0.0.1", 0)
+    urls = [f"{server.http_url}/v2/models/florence2/ready", f"http://127.0.0.1:{endpoint.server_port}/ready"]
+    urls.append(f"{server.http_url}/v2/health/ready")
+    ended, found = threading.Event(), []
+
+    def ask() -> None:
+        while not ended.wait(0.02):
+            found.extend((url, status, health.trouble()) for url in urls if (status := status_of(url)) != 200)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        endpoint.server_close()
+    assert found == []
 
 
 class Traffic:
@@ -147,11 +183,21 @@ class Traffic:
             thread.join()
 
 
+def failed_models(server: TritonServer) -> list[str]:
+    """What Triton lists as failed: strictly, its readiness would be lost for good."""
+    index = Triton(server.grpc_url)._client.get_model_repository_index().models
+    return [f"{one.name} {one.version}: {one.reason}" for one in index if one.reason not in ("", "unloaded")]
+
+
 def test_redeploys_under_load_fail_no_request_and_mix_no_answer(
     exports: dict[str, Path], answers: dict[str, list[int]], tmp_path: Path
 ) -> None:
     expected = {"1": answers["whole"]}
-    with served(exports["whole"], tmp_path, cache_size=2**26) as (repository, server), Traffic(server) as traffic:
+    with (
+        served(exports["whole"], tmp_path, cache_size=2**26) as (repository, server),
+        always_ready(server),
+        Traffic(server) as traffic,
+    ):
         for number, name in enumerate(("cut", "whole", "stub", "cut"), 2):
             release = released(repository, server, exports[name], replace(QUICK, margin=1.0))
             expected[str(number)] = answers[name]
@@ -186,11 +232,12 @@ def test_what_is_worse_broken_or_not_what_it_says_is_refused(
         gate = replace(QUICK, data=str(data))
         tampered = shutil.copytree(exports["cut"], tmp_path / "tampered")
         (tampered / "tokenizer.json").write_bytes(b"{}")
-        with Traffic(server) as traffic:
+        with always_ready(server), Traffic(server) as traffic:
             with pytest.raises(Refused, match=r"its gate: .*<OD> AP50 is .*, 1 in the running release \(at most 0\.01"):
                 released(repository, server, exports["stub"], gate)
             with pytest.raises(Refused, match=r"is refused: beam_search can't be loaded: .*decoder\.onnx"):
                 released(repository, server, exports["broken"], gate)
+            assert failed_models(server) == []
             with pytest.raises(ValueError, match=r"tokenizer\.json is not the file its manifest names"):
                 released(repository, server, tampered, gate)
             with monkeypatch.context() as patched:

@@ -1,13 +1,16 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -225,7 +228,7 @@ def serve(*args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-PORTS = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0)
+PORTS = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--health-port", 0)
 
 
 @server_test
@@ -249,22 +252,52 @@ def test_serve_prints_endpoints_and_stops_on_a_signal(repository: Path, stopper:
     assert rest.splitlines()[-1] == "stopped"
 
 
-@server_test
-def test_serve_fails_when_the_server_dies(repository: Path):
-    process = serve("--repository", repository, *PORTS)
-    assert process.stdout
-    for line in process.stdout:
-        if "curl" in line:
-            break
-    (group,) = {int(region.name.split("_")[1]) for region in regions(process.pid)}
-    assert group == process.pid
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def tritonserver(process: int) -> int:
+    """Of a `florence2 serve`: the child of its child."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     (server,) = Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()
-    os.kill(int(server), signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "the server stopped by itself with code 137" in errors
-    assert "Started HTTPService" in errors
+    return int(server)
+
+
+def readiness(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response:
+            return response.status, response.read().decode().strip()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode().strip()
+
+
+@server_test
+def test_serve_starts_a_dead_server_again(repository: Path):
+    process = serve("--repository", repository, *PORTS)
+    try:
+        assert process.stdout
+        lines = iter(process.stdout.readline, "")
+        urls = dict(line.split() for line in takewhile(lambda line: "curl" not in line, lines) if "http" in line)
+        assert readiness(urls["health"]) == (200, "ready")
+        assert readiness(urls["health"] + "/")[0] == 404
+        for _ in range(2):
+            os.kill(tritonserver(process.pid), signal.SIGKILL)
+            assert wait_for(lambda: readiness(urls["health"])[0] == 503)
+            assert any("the server stopped by itself with code 137; it is started again in" in line for line in lines)
+            assert any(line == "ready again\n" for line in lines)
+            assert readiness(urls["health"]) == (200, "ready")
+            assert generate(urls["HTTP"], "hello")["text"] == "hello"
+        process.send_signal(signal.SIGTERM)
+        rest, errors = process.communicate(timeout=60)
+        assert (process.returncode, errors) == (0, "")
+        assert rest.splitlines()[-1] == "stopped"
+    finally:
+        process.kill()
+    assert regions(process.pid) == []
+
+
+@pytest.mark.skipif(not HERE, reason="neither tritonserver nor nvidia-pytriton is installed")
+def test_the_wheels_server_has_no_bound_of_http_requests(repository: Path):
+    if shutil.which("tritonserver"):
+        pytest.skip("there is another tritonserver")
+    with pytest.raises(ServerError, match="has no bound of HTTP requests to set"):
+        TritonServer(repository, max_http_size=10**6).start()
 
 
 @pytest.mark.skipif(not HERE, reason="neither tritonserver nor nvidia-pytriton is installed")

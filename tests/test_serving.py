@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -23,6 +25,7 @@ from florence2_client import Florence2Client, Result, ServerRefused
 from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.repository import install
 from florence2_release.server import TritonServer
+from florence2_release.watchdog import Watchdog
 from PIL import Image, ImageOps
 from serving import (
     ENDLESS,
@@ -41,8 +44,8 @@ from serving import (
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-from florence2.generation.caches import CacheSizes
 from florence2.backend.figures import COUNTERS, GAUGES
+from florence2.generation.caches import CacheSizes
 from florence2.manifest import Manifest
 
 try:
@@ -441,12 +444,12 @@ def test_a_full_server_says_so_at_once_and_answers_those_it_took(small: TritonSe
     assert answers.count(expected) >= 3
     refused = [answer for answer in answers if answer != expected]
     assert refused
-    assert all("2 requests are waiting already; try again later" in answer for answer in refused)
+    assert all("already; try again later" in answer for answer in refused)
     # Nobody was refused after having waited for others to end.
     assert not any(ended[: len(refused)])
 
 
-def test_a_full_list_before_the_engine(small: TritonServer) -> None:
+def test_what_the_engine_has_no_room_for_is_refused_at_the_front(small: TritonServer) -> None:
     buffer = io.BytesIO()
     Image.open(SCENE).convert("RGB").resize((4000, 3000)).save(buffer, format="JPEG")
     large = buffer.getvalue()
@@ -455,11 +458,10 @@ def test_a_full_list_before_the_engine(small: TritonServer) -> None:
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda i: answer_or_status(small, i, large, max_new_tokens=1), range(16)))
     assert expected in answers
-    full = [answer for answer in answers if "8 requests are waiting already" in answer]
-    assert full
-    # Those who went through to the engine together may have found that full.
-    others = [answer for answer in answers if answer != expected and answer not in full]
-    assert all("2 requests are waiting already" in answer for answer in others)
+    # Before a picture is decoded.
+    refused = [answer for answer in answers if answer != expected]
+    assert refused
+    assert all(re.search(r"\d requests are here already; try again later", answer) for answer in refused)
 
 
 def test_who_waits_too_long_is_told(small: TritonServer) -> None:
@@ -482,7 +484,7 @@ def pictures_looked_at(server: TritonServer) -> int:
 
 
 def test_the_response_cache(caching: TritonServer) -> None:
-    """Eight tasks on one picture cost one run of the vision encoder; the same request again costs nothing."""
+    """Eight tasks on one picture cost one run of the vision encoder; the same request again is not decoded again."""
     prompts = PROMPTS[:8]
     with client(caching) as over_grpc, client(caching, "http") as over_http:
         answers = [over_grpc.run(prompt, SCENE) for prompt in prompts]
@@ -494,11 +496,11 @@ def test_the_response_cache(caching: TritonServer) -> None:
             "computed": 1,
         }
         assert pictures_looked_at(caching) == 1
-        computed = counts(caching, "beam_search")["computed"]
+        computed = {name: counts(caching, name)["computed"] for name in ("beam_search", "postprocess")}
         again = [connection.run(prompt, SCENE) for connection in (over_grpc, over_http) for prompt in prompts]
-        ensemble = counts(caching, "florence2")
-        assert (ensemble["cache_hit"], ensemble["cache_miss"]) == (16, 8)
-        assert counts(caching, "beam_search")["computed"] == computed
+        for name, before in computed.items():
+            found = counts(caching, name)
+            assert (found["cache_hit"], found["cache_miss"], found["computed"]) == (16, 8, before)
         assert [answer.to_json() for answer in again] == 2 * [answer.to_json() for answer in answers]
         # Another setting is another request.
         assert len(over_grpc.run("<OD>", SCENE, max_new_tokens=2).token_ids) == 3
@@ -520,21 +522,45 @@ def test_tasks_on_a_new_picture_at_once_look_at_it_once(caching: TritonServer) -
         assert [connection.run(prompt, picture).token_ids.tolist() for prompt in PROMPTS[:8]] == answers
 
 
+OUTPUTS = ("answer", "text", "token_ids", "token_logprobs", "sequence_score", "finish_reason")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("protocol", [grpc, http])
+def test_any_subset_of_the_outputs(demo: TritonServer, caching: TritonServer, cached: bool, protocol: Any) -> None:
+    server = caching if cached else demo
+    url = server.grpc_url if protocol is grpc else server.http_url.removeprefix("http://")
+    inputs = tensors(protocol, image=SCENE.read_bytes(), prompt=b"<OD>")
+    subsets = [names for count in range(1, 7) for names in combinations(OUTPUTS, count)]
+    assert len(subsets) == 63
+    with protocol.InferenceServerClient(url) as connection:
+        whole = connection.infer("florence2", inputs)
+        for names in subsets:
+            found = connection.infer(
+                "florence2", inputs, outputs=[protocol.InferRequestedOutput(name) for name in names]
+            )
+            for name in OUTPUTS:
+                values = found.as_numpy(name)
+                assert (values is not None) == (name in names)
+                assert values is None or values.tolist() == whole.as_numpy(name).tolist()
+
+
 def test_errors_are_not_kept_in_the_cache(caching: TritonServer) -> None:
     inputs = tensors(image=SCENE.read_bytes(), prompt=b"<CAPTION>", **ENDLESS)
     with grpc.InferenceServerClient(caching.grpc_url) as connection:
         for _ in range(2):
             with pytest.raises(InferenceServerException, match=TIME_IS_OVER):
-                connection.infer("florence2", inputs, timeout=20_000)
+                connection.infer("florence2", inputs, timeout=200_000)
         assert connection.infer("florence2", inputs).as_numpy("token_ids").shape == (1, 512)
         # From the cache, or it could not be there in time.
-        assert connection.infer("florence2", inputs, timeout=20_000).as_numpy("token_ids").shape == (1, 512)
+        assert connection.infer("florence2", inputs, timeout=200_000).as_numpy("token_ids").shape == (1, 512)
 
 
 def fail_when_asked_for_six_tokens(repository: Path) -> None:
     with (repository / "beam_search" / "1" / "model.py").open("a") as file:
         file.write("""
 
+from florence2.generation.engine import Engine
 step = Engine.step
 def fail(engine):
     if any(request.settings.max_length == 7 for request in engine.scheduler.waiting):
@@ -549,17 +575,32 @@ def test_when_the_engine_fails_everyone_is_told_and_the_server_recovers(demo_exp
         serve(demo_export, tmp_path, change=fail_when_asked_for_six_tokens, beam_search={"rows": 24}) as server,
         client(server) as connection,
     ):
-        expected = connection.run("<OD>", SCENE).token_ids.tolist()
-        with ThreadPoolExecutor(3) as pool:
-            running = [pool.submit(answer_or_status, server, index, SCENE, **ENDLESS) for index in range(3)]
-            wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 24)
-            with pytest.raises(ServerRefused, match="the engine has failed") as told:
-                connection.run("<OD>", SCENE, max_new_tokens=6)
-            assert told.value.status == "UNAVAILABLE"
-            assert all("the engine has failed" in request.result(HANGS) for request in running)
-        wait_until(lambda: answer_or_status(server, 0, SCENE) == expected)
-        assert server.is_ready()
-        assert "RuntimeError('never seen before')" in server.log_text()
+        said: list[str] = []
+        watchdog = Watchdog(server, said.append)
+        watchdog.start()
+        try:
+            expected = connection.run("<OD>", SCENE).token_ids.tolist()
+            with ThreadPoolExecutor(3) as pool:
+                running = [pool.submit(answer_or_status, server, index, SCENE, **ENDLESS) for index in range(3)]
+                wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 24)
+                with pytest.raises(ServerRefused, match="the engine has failed") as told:
+                    connection.run("<OD>", SCENE, max_new_tokens=6)
+                assert told.value.status == "UNAVAILABLE"
+                assert all("the engine has failed" in request.result(HANGS) for request in running)
+            wait_until(lambda: said)
+            assert said == ["beam_search 1 had lost its process; it is started again"]
+            wait_until(lambda: answer_or_none(server) == expected)
+            assert "its process ends: RuntimeError('never seen before')" in server.log_text()
+        finally:
+            watchdog.stop()
+
+
+def answer_or_none(server: TritonServer) -> list[int] | None:
+    try:
+        with client(server) as connection:
+            return connection.run("<OD>", SCENE).token_ids.tolist()
+    except ServerRefused:
+        return None
 
 
 def test_serve_lets_requests_finish_and_tells_how_much_the_cache_has_answered(
@@ -567,7 +608,8 @@ def test_serve_lets_requests_finish_and_tells_how_much_the_cache_has_answered(
 ) -> None:
     install(demo_export, tmp_path / "repository")
     command = [sys.executable, "-m", "florence2.cli", "serve", "--repository", str(tmp_path / "repository")]
-    command += ["--response-cache", "64", "--http-port", "0", "--grpc-port", "0", "--metrics-port", "0"]
+    command += ["--response-cache", "64"]
+    command += [argument for name in ("http", "grpc", "metrics", "health") for argument in (f"--{name}-port", "0")]
 
     def ask(**settings: Any) -> list[int]:
         # Over HTTP, whose open connections tritonserver waits for. Over gRPC a stop refuses an ensemble's next step
@@ -590,7 +632,8 @@ def test_serve_lets_requests_finish_and_tells_how_much_the_cache_has_answered(
             process.kill()
             raise
     # Of those that have been answered.
-    assert "answered from the response cache: florence2 1 of 3 requests, vision_encoder 2 of 3 requests\n" in told
+    hits = "postprocess 1 of 3 requests, beam_search 1 of 3 requests, vision_encoder 2 of 3 requests"
+    assert f"answered from the response cache: {hits}\n" in told
     assert process.returncode == 0
 
 
