@@ -41,11 +41,11 @@ def parse(prompt: str, location_bins: int = 1000) -> Prompt:
 
 def read_prompt(raw, positions):
     if len(raw) > 16 * positions:
-        raise InvalidRequest('too long')
+        raise InvalidRequest("too long")
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise InvalidRequest('the prompt is not UTF-8') from None
+        raise InvalidRequest("the prompt is not UTF-8") from None
 
 
 def task_of(prompt: str) -> Task | None:

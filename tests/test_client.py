@@ -327,6 +327,27 @@ def test_the_next_release_is_tried_and_its_trouble_is_nobodys(script: Any) -> No
     assert 4 < half <= 5 < rest <= 10
 
 
+def test_the_next_release_has_half_of_the_timeout_and_no_more(script: Any) -> None:
+    played = script(60)
+    with Florence2Client(NOWHERE, next_share=1, timeout=2) as asking:
+        assert str(asking.caption(b"x")) == "yes"
+    (first, half), (second, rest) = played.asked
+    assert (first, second) == ("florence2_next", "florence2")
+    assert 0 < rest <= half <= 1
+
+
+def test_nothing_is_sent_after_the_timeout(script: Any) -> None:
+    """A caption that came late, in the grace that servers have, leaves no time for its phrases."""
+    played = script(0.6)
+    with (
+        Florence2Client(NOWHERE, timeout=0.5) as asking,
+        pytest.raises(ServerRefused, match="no answer within the timeout; allow more time") as told,
+    ):
+        asking.caption_and_ground(b"x")
+    assert told.value.status == "DEADLINE_EXCEEDED"
+    assert len(played.asked) == 1
+
+
 # --- many ---
 
 

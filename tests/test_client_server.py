@@ -228,9 +228,11 @@ def plainly_said(server: TritonServer) -> str:
 
 def test_past_its_deadline_a_request_ends_here_and_there(server: TritonServer, asking: Florence2Client) -> None:
     before = figures(server.metrics_url)["florence2_steps_total"]
-    with pytest.raises(ServerRefused, match=r"timeout=|time") as told:
+    with pytest.raises(ServerRefused, match="no answer within the timeout; allow more time with timeout=") as told:
         asking.detect(SCENE, timeout=0.2, **ENDLESS)
-    assert told.value.status in ("DEADLINE_EXCEEDED", "UNAVAILABLE")
+    assert told.value.status == "DEADLINE_EXCEEDED"
+    # The server's own word, not our patience.
+    assert isinstance(told.value.__cause__, InferenceServerException)
     wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 0)
     assert figures(server.metrics_url)["florence2_steps_total"] - before < 511
 
@@ -259,7 +261,7 @@ def test_who_waits_while_the_client_is_closed_is_told(server: TritonServer, url:
         asking.close()
         with pytest.raises(ServerRefused) as told:
             waiting.result(HANGS)
-    assert told.value.status in ("CANCELLED", "UNAVAILABLE")
+    assert told.value.status == "CANCELLED"
     wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 0)
 
 
@@ -269,45 +271,14 @@ def test_a_model_that_is_not_there(server: TritonServer, url: str) -> None:
     assert told.value.status == "NOT_FOUND"
 
 
-def test_an_answer_of_the_response_cache_that_lacks_outputs_is_told(demo_export: Path, tmp_path: Path) -> None:
+def test_a_cached_answer_is_whole_whatever_the_first_request_named(demo_export: Path, tmp_path: Path) -> None:
     with serve(demo_export, tmp_path, cache_size=2**26) as caching:
         with grpc.InferenceServerClient(caching.grpc_url) as connection:
             inputs = tensors(image=SCENE.read_bytes(), prompt=b"<CAPTION>")
-            some = [grpc.InferRequestedOutput(name) for name in ("answer", "token_ids")]
-            connection.infer("florence2", inputs, outputs=some)
+            first = connection.infer("florence2", inputs, outputs=[grpc.InferRequestedOutput("token_ids")])
         with Florence2Client(caching.grpc_url, retries=0) as asking:
-            with pytest.raises(ServerRefused, match="response cache"):
-                asking.caption(SCENE)
-            assert asking.detect(SCENE).model_version == "1"
-
-
-OUTPUTS = ["answer", "text", "token_ids", "token_logprobs", "sequence_score", "finish_reason"]
-
-
-@pytest.mark.parametrize(
-    ("named", "is_answered"),
-    [
-        (OUTPUTS, True),
-        (OUTPUTS[:3], True),
-        (OUTPUTS[2:], True),
-        (OUTPUTS[:1], False),
-        (OUTPUTS[:2], False),
-        (OUTPUTS[2:3], False),
-    ],
-    ids=str,
-)
-def test_a_client_that_names_outputs(server: TritonServer, named: list[str], is_answered: bool) -> None:
-    """What docs/limits.md says of them: Triton's ensemble scheduler counts outputs that another step reads wrongly."""
-    inputs = tensors(image=SCENE.read_bytes(), prompt=b"<CAPTION>")
-    with grpc.InferenceServerClient(server.grpc_url) as connection:
-        try:
-            found = connection.infer("florence2", inputs, outputs=[grpc.InferRequestedOutput(name) for name in named])
-        except InferenceServerException as error:
-            assert not is_answered
-            assert "unexpected deadlock" in str(error)  # noqa: PT017
-        else:
-            assert is_answered
-            assert {output.name for output in found.get_response().outputs} == set(named)
+            assert asking.caption(SCENE).token_ids.tolist() == first.as_numpy("token_ids")[0].tolist()
+        assert counts(caching, "beam_search")["computed"] == 1
 
 
 # --- TLS and restricted endpoints ---

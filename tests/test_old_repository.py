@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import random_model, write_native
 from conftest import DEMO_CHECKPOINT
 from florence2_client import Florence2Client
-from florence2_export.export import export
 from florence2_release.gate import Gate
 from florence2_release.prepare import Prepared
 from florence2_release.repository import Repository
@@ -51,7 +49,7 @@ def ask(server: TritonServer, question: dict[str, Any]) -> tuple[str, list[int]]
         return answer.model_version, answer.token_ids.tolist()
 
 
-def test_it_is_served_takes_a_release_and_goes_back(old: Path) -> None:
+def test_it_is_served_takes_a_release_and_goes_back(old: Path, demo_export: Path) -> None:
     repository = Repository(old / "repository")
     questions = json.loads((old / "answers.json").read_text())
     with served(repository) as server:
@@ -59,11 +57,9 @@ def test_it_is_served_takes_a_release_and_goes_back(old: Path) -> None:
             assert ask(server, question) == (question["version"], question["token_ids"])
         assert repository.outdated() == []
         assert [repository.damage(release) for release in repository.releases()] == [None] * 3
-        write_native(old / "checkpoint", random_model(rows=1324, seed=3))
-        export(str(old / "checkpoint"), old / "export")
         triton = Triton(server.grpc_url)
         gate = Gate(latency_requests=0, watch_seconds=0)
-        release = Rollout(repository, triton, gate, lambda line: None).run(Prepared(old / "export", None), "florence2")
+        release = Rollout(repository, triton, gate, lambda line: None).run(Prepared(demo_export, None), "florence2")
         assert release.number == 4
         assert ask(server, questions[0])[0] == "4"
         assert roll_back(repository, triton, "florence2").number == 2

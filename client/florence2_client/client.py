@@ -17,8 +17,8 @@ from typing import Any, TypedDict, TypeVar, Unpack
 from florence2.prompts import task_of
 from florence2.tasks import Takes
 from florence2_client.asking import Detail, Settings, Tasks, caption_task, check, check_settings, tensors
-from florence2_client.connection import Connection, Endpoint, File, Tensor
-from florence2_client.errors import ServerRefused
+from florence2_client.connection import OVER, Connection, Endpoint, File, Tensor
+from florence2_client.errors import ServerRefused, refused
 from florence2_client.pictures import Image, again, encoded
 from florence2_client.results import CaptionedInstances, Instances, Text, read
 
@@ -51,7 +51,8 @@ class AsyncFlorence2Client(
     ]
 ):
     """A server, asked from one event loop. Its connections are kept and shared by all requests: close it, or use it in
-    an `async with`. Cancelling a call ends the wait for its answer; the server works on until the request's timeout."""
+    an `async with`, in the same `asyncio.run` as its calls. Cancelling a call ends the wait for its answer; the server
+    works on until the request's timeout."""
 
     def __init__(
         self,
@@ -68,10 +69,11 @@ class AsyncFlorence2Client(
     ) -> None:
         """`url`: HOST:PORT, or grpc://HOST:PORT, for gRPC; grpcs:// for TLS; http:// and https:// for HTTP.
 
-        `timeout`: seconds for a call, tries and pauses included. `retries`: how often a request is sent again that
-        found the server busy or not there, after growing pauses. `headers` go with every request. With TLS, `ca` is a
-        file of the authorities to trust, `certificate` and `key` are who we are; all are PEM. `next_share`: the share
-        of requests that try the release that is looked at, where there is one, for half of the timeout.
+        `timeout`: seconds for a call, tries and pauses included; a server that doesn't say that they are over is waited
+        for one second more. `retries`: how often a request is sent again that found the server busy or not there, after
+        growing pauses. `headers` go with every request. With TLS, `ca` is a file of the authorities to trust,
+        `certificate` and `key` are who we are; all are PEM. `next_share`: the share of requests that try the release
+        that is looked at, where there is one, for half of the timeout.
         """
         _check_seconds(timeout)
         if not 0 <= next_share <= 1:
@@ -96,7 +98,8 @@ class AsyncFlorence2Client(
         await self.close()
 
     async def close(self) -> None:
-        """Requests under way are refused as CANCELLED."""
+        """Requests under way are refused as CANCELLED, at once; where there are any, the server has a second to answer
+        them before they are cut off."""
         self.is_closed = True
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -211,8 +214,11 @@ class AsyncFlorence2Client(
         inputs = tensors(prompt, data, region, settings)
         if random.random() < self._next_share:
             # Whatever is wrong with it is no concern of who asks here.
-            with suppress(ServerRefused, LookupError, TypeError, ValueError):
-                return await self._once(f"{self.model}_next", inputs, kept, min_score, (until - time.monotonic()) / 2)
+            with suppress(ServerRefused, LookupError, TypeError, ValueError, TimeoutError):
+                half = (until - time.monotonic()) / 2
+                # The other half is for the release that serves: no grace here.
+                async with asyncio.timeout(half):
+                    return await self._once(f"{self.model}_next", inputs, kept, min_score, half)
         tried = 0
         while True:
             try:
@@ -230,6 +236,8 @@ class AsyncFlorence2Client(
     ) -> Answer:
         if self.is_closed:
             raise RuntimeError("this client is closed: make another")
+        if seconds <= 0:
+            raise refused(self.url, OVER, "DEADLINE_EXCEEDED")
         if self._connection is None:
             self._connection, self._loop = self._endpoint.connect(), asyncio.get_running_loop()
         if self._loop is not asyncio.get_running_loop():
@@ -260,7 +268,7 @@ class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
         self.close()
 
     def close(self) -> None:
-        """Requests under way are refused as CANCELLED."""
+        """As AsyncFlorence2Client's."""
         self._end.detach()
         if self._asking.is_connected:
             self._wait(self._asking.close())

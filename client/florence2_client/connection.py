@@ -4,7 +4,8 @@ import asyncio
 import os
 import re
 import ssl
-from collections.abc import Mapping
+import time
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,12 @@ from florence2_client.errors import ServerRefused, refused
 File = str | os.PathLike[str]
 Tensor = tuple[str, NDArray[Any]]
 """Triton's name of the type, and the values."""
+
+GRACE = 1.0
+"""Seconds that a request has to end by itself after its timeout, or after whoever waited for it has gone. Only then is
+it cancelled: Triton before 24.12 crashes of gRPC requests that are cancelled in their first milliseconds."""
+
+OVER = "no answer within the timeout"
 
 _SCHEMES = {"grpc": ("grpc", False), "grpcs": ("grpc", True), "http": ("http", False), "https": ("http", True)}
 _OUTPUTS = ("answer", "text", "token_ids", "token_logprobs", "sequence_score", "finish_reason")
@@ -144,34 +151,32 @@ class Endpoint:
 
 
 class Connection:
-    """Made by `Endpoint.connect`."""
+    """Made by `Endpoint.connect`.
+
+    A request is a task of its own, which may outlive its caller by GRACE. Not everywhere: if `asyncio.run` ends before
+    `close` did, it cancels all tasks, gRPC's own among them; and a process that ends then cuts its connections.
+    """
 
     def __init__(self, endpoint: Endpoint, triton: ModuleType, client: Any) -> None:
         self._endpoint, self._triton, self._client = endpoint, triton, client
+        self._running: set[asyncio.Task[Any]] = set()
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def infer(self, model: str, tensors: Mapping[str, Tensor], seconds: float) -> Reply:
-        """The server is told to give up when we do, and the call is cancelled then. Raises ServerRefused."""
-        url = self._endpoint.url
+        """The server is told to give up after `seconds`, and has GRACE to say that it did. Raises ServerRefused."""
+        url, over = self._endpoint.url, time.monotonic() + seconds
+        asked = self._client.infer(
+            model,
+            self._inputs(tensors),
+            # gRPC takes no others than lower case; HTTP takes any for the same.
+            headers={name.lower(): value for name, value in (self._endpoint.headers or {}).items()},
+            # Microseconds; 0 is Triton's word for no limit.
+            timeout=max(1, int(seconds * 1e6)),
+        )
         try:
-            async with asyncio.timeout(seconds):
-                result = await self._client.infer(
-                    model,
-                    self._inputs(tensors),
-                    # gRPC takes no others than lower case; HTTP takes any for the same.
-                    headers={name.lower(): value for name, value in (self._endpoint.headers or {}).items()},
-                    # Microseconds; 0 is Triton's word for no limit.
-                    timeout=max(1, int(seconds * 1e6)),
-                )
+            result = await self._answer(asked, seconds + GRACE)
         except InferenceServerException as error:
-            raise self._refused(error) from error
-        except TimeoutError as error:
-            raise refused(url, "no answer within the timeout", "DEADLINE_EXCEEDED") from error
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            # gRPC's word for a channel that was closed under it.
-            raise refused(url, "the client was closed while it waited", "CANCELLED") from error
+            raise self._refused(error, is_over=time.monotonic() >= over) from error
         except Exception as error:
             # OSError, and what aiohttp makes of connections that end in the middle.
             if isinstance(error, OSError) or type(error).__module__.startswith("aiohttp"):
@@ -181,15 +186,41 @@ class Connection:
         version = response["model_version"] if isinstance(response, dict) else response.model_version
         outputs = {name: result.as_numpy(name) for name in _OUTPUTS}
         if missing := [name for name, values in outputs.items() if values is None]:
-            message = (
-                f"an answer without {', '.join(missing)}: the response cache holds what the first of equal requests "
-                "named; name all outputs or none in every client, or serve without --response-cache"
-            )
-            raise refused(url, message, "INTERNAL")
+            raise refused(url, f"an answer without {', '.join(missing)}", "INTERNAL")
         return Reply(version, {name: values[0] for name, values in outputs.items()})
 
     async def close(self) -> None:
-        await self._client.close()
+        """Refuses those who wait at once, then gives what is still running GRACE to end; cancelled, it doesn't."""
+        self._closed.set_result(None)
+        try:
+            if running := [task for task in self._running if not task.done()]:
+                await asyncio.wait(running, timeout=GRACE)
+        finally:
+            await self._client.close()
+
+    async def _answer(self, asked: Coroutine[Any, Any, Any], seconds: float) -> Any:
+        """What `asked` returns or raises. Whoever stops waiting for that leaves it running, for GRACE."""
+        task = asyncio.create_task(asked)
+        self._running.add(task)
+        task.add_done_callback(self._forget)
+        try:
+            # Cancels nothing when it is cancelled, unlike `asyncio.timeout` and `wait_for`.
+            done, _ = await asyncio.wait((task, self._closed), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(GRACE, task.cancel)
+            raise
+        if task in done:
+            return task.result()
+        if done:
+            raise refused(self._endpoint.url, "the client was closed while it waited", "CANCELLED")
+        task.cancel()
+        raise refused(self._endpoint.url, OVER, "DEADLINE_EXCEEDED")
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            # Else asyncio reports an error that nobody waited for.
+            task.exception()
 
     def _inputs(self, tensors: Mapping[str, Tensor]) -> list[Any]:
         inputs = []
@@ -198,11 +229,14 @@ class Connection:
             inputs[-1].set_data_from_numpy(values)
         return inputs
 
-    def _refused(self, error: InferenceServerException) -> ServerRefused:
+    def _refused(self, error: InferenceServerException, is_over: bool) -> ServerRefused:
         status = str(error.status() or "UNKNOWN").removeprefix("StatusCode.")
         status = _HTTP_STATUS.get(status, status)
         message = str(error.message())
-        return refused(self._endpoint.url, message, status, reached=not _GRPC_ALONE.search(message))
+        reached = not _GRPC_ALONE.search(message)
+        if is_over and reached and status == "UNAVAILABLE":
+            message, status = OVER, "DEADLINE_EXCEEDED"
+        return refused(self._endpoint.url, message, status, reached)
 
 
 def tensor(datatype: str, dtype: Any, value: Any) -> Tensor:
