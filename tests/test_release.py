@@ -395,6 +395,7 @@ def test_engines_are_kept_where_the_start_says(export: Path, tmp_path: Path) -> 
 
     repository.tidy(engine_cache=tmp_path / "engines")
     assert places() == {str(tmp_path / "engines")}
+    assert (tmp_path / "engines").stat().st_mode & 0o777 == 0o700
     install(export, repository.folder)
     assert places() == {str(tmp_path / "engines")}
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections import OrderedDict
 from concurrent.futures import Future
-from threading import Lock
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,8 @@ class TritonPythonModel:
                 self.recent.pop(key, None)
             features.set_exception(error)
             if self.faults.failed(error):
-                end_process(self.name, error, pb_utils.Logger.log_error)
+                # Beside this thread, which has to tell who asked.
+                Thread(target=end_process, args=(self.name, error, pb_utils.Logger.log_error), daemon=True).start()
 
     def finalize(self) -> None:
         self.worker.stop()

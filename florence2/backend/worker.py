@@ -4,7 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from threading import Condition, Thread
+from threading import Condition, Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ class Worker:
         `check` raises for one that can't be, by its tensors and its deadline, before anything of it is copied."""
         self._answer, self._check = answer, check
         self._metrics, self._occupancy = metrics, occupancy
-        self._figures = dict.fromkeys(TIMES, 0.0)
+        self._figures, self._counting = dict.fromkeys(TIMES, 0.0), Lock()
         self._timeout = float(given["timeout_seconds"])
         self._most = at_least(1, given, "max_waiting")
         self._most_bytes = float(given.get("max_waiting_megabytes", "inf")) * MEGA
@@ -130,7 +130,7 @@ class Worker:
 
     def _count(self, *seconds: float) -> None:
         """`seconds`: of one request, in the order of TIMES."""
-        with self._changed:
+        with self._counting:
             for name, more in zip(TIMES, seconds, strict=True):
                 self._figures[name] += more
             if self._metrics.are_due() or not self._waiting:

@@ -158,10 +158,9 @@ def _keep_running(server: "TritonServer", prepare: Callable[[], None]) -> NoRetu
 
 
 def _engine_cache(folder: Path | None) -> Path:
-    """Where only this user writes: what lies there is run."""
+    """By default where only this user writes."""
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "florence2-triton"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder.resolve()
+    return folder.absolute()
 
 
 def _stop_on_signals() -> None:

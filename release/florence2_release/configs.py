@@ -50,7 +50,7 @@ def settle(
     if response_cache is None:
         response_cache = before is not None and before.response_cache.enable
     if engine_cache is None and before:
-        engine_cache = _engine_cache(before)
+        engine_cache = engine_cache_of(before)
     config = ModelConfig()
     if not source.is_file():
         own = path if before and not profile else kept
@@ -79,7 +79,7 @@ def settle(
         write(path, config, source)
 
 
-def _engine_cache(config: ModelConfig) -> Path | None:
+def engine_cache_of(config: ModelConfig) -> Path | None:
     """Where TensorRT's engines are kept, if this model has any."""
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     found = [

@@ -281,6 +281,11 @@ class Repository:
                 self.settle(profile=profile or self.profile, response_cache=response_cache, engine_cache=engine_cache)
                 for name in self.ensembles():
                     self._write_ensemble(name, self.live(name), self.pins(name))
+                if engine_cache and any(
+                    configs.engine_cache_of(found) for model in FILES if (found := self.config(model))
+                ):
+                    # What lies there is run.
+                    engine_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         except BlockingIOError:
             if changes:
                 raise ValueError(f"another command is at work on {self.folder}; start again when it is done") from None
