@@ -25,15 +25,18 @@ from florence2.tasks import AnswerKind, Task
 
 _LOCATION = re.compile(r"<loc_(\d+)>")
 _BOX = re.compile(r"<loc_\d+>" * 4)
-_QUAD = re.compile(r"(.+?)(" + r"<loc_\d+>" * 8 + ")")
-_LABELLED_BOXES = re.compile(r"([^<]+(?:<loc_\d+>){4,})")
+
+# HF's patterns, in time linear in the text: where one fails, its last alternative takes the text that it failed on,
+# without group 1. HF's start again at every character of that text, and each time fail for the same reason.
+_QUAD = re.compile(r"(.+?)(" + r"<loc_\d+>" * 8 + r")|.+")
+_LABELLED_BOXES = re.compile(r"([^<]++(?:<loc_\d+>){4,})|[^<]+")
 _BARE_BOXES = re.compile(r"((?:<loc_\d+>){4,})")
-_LABELLED_POLYGONS = re.compile(r"([^<]+(?:<loc_\d+>|<sep>|<poly>|</poly>){4,})")
+_LABELLED_POLYGONS = re.compile(r"([^<]++(?:<loc_\d+>|<sep>|<poly>|</poly>){4,})|[^<]+")
 _BARE_POLYGONS = re.compile(r"((?:<loc_\d+>|<sep>|<poly>|</poly>){4,})")
-_LABEL = re.compile(r"^\s*(.*?)(?=<od>|</od>|<box>|</box>|<bbox>|</bbox>|<loc_)")
-_POLYGON_LABEL = re.compile(r"^\s*(.*?)(?=<od>|</od>|<box>|</box>|<bbox>|</bbox>|<loc_|<poly>)")
-_POLYGON_INSTANCE = re.compile(r"<poly>(.*?)</poly>")
-_POLYGON = re.compile(r"((?:<loc_\d+>)+)(?:<sep>|$)")
+_POLYGON_INSTANCE = re.compile(r"<poly>(.*?)</poly>|<poly>.*")
+_POLYGON = re.compile(r"((?:<loc_\d+>)+)(?:<sep>|$)|(?:<loc_\d+>)+")
+# HF's ends at <od>, <box> and <bbox> too, which no phrase has.
+_LABEL = re.compile(r"\s*+.*?(?=<loc_|<poly>)")
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,10 @@ class Decoded:
         return Decoded(self.text.replace(literal, ""), self.tokens[keep])
 
     def findall(self, pattern: re.Pattern[str], group: int = 1) -> Iterator["Decoded"]:
+        """The group, of every match that has it."""
         for found in pattern.finditer(self.text):
-            yield self[slice(*found.span(group))]
+            if found[group] is not None:
+                yield self[slice(*found.span(group))]
 
 
 class Detokenizer:
@@ -72,12 +77,13 @@ class Detokenizer:
     def __call__(self, token_ids: Sequence[int]) -> Decoded:
         """Ids that the tokenizer does not know, such as padded vocabulary rows, decode to nothing."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text, tokens = "", []
-        for index, token_id in enumerate(token_ids):
-            piece = decoder.decode(self._bytes.get(int(token_id), b""), final=index == len(token_ids) - 1)
-            text += piece
-            tokens += [index] * len(piece)
-        return Decoded(text, np.array(tokens, np.int64))
+        last = len(token_ids) - 1
+        pieces = [
+            decoder.decode(self._bytes.get(int(token_id), b""), final=index == last)
+            for index, token_id in enumerate(token_ids)
+        ]
+        lengths = np.array([len(piece) for piece in pieces], np.int64)
+        return Decoded("".join(pieces), np.repeat(np.arange(len(pieces)), lengths))
 
 
 class AnswerParser:
@@ -159,14 +165,15 @@ class _Reader:
     def quads(self, text: Decoded) -> list[_Row]:
         rows = []
         for found in _QUAD.finditer(text.text):
-            quad = text[slice(*found.span(2))]
-            rows.append((self._pixels(quad.text), found.group(1).strip(), self._score(quad)))
+            if found[1] is not None:
+                quad = text[slice(*found.span(2))]
+                rows.append((self._pixels(quad.text), found[1].strip(), self._score(quad)))
         return rows
 
     def boxes(self, text: Decoded, pattern: re.Pattern[str]) -> list[_Row]:
         rows = []
         for phrase in text.findall(pattern):
-            label = _label(phrase.text, _LABEL)
+            label = _label(phrase.text)
             if label is not None:
                 for box in phrase.findall(_BOX, group=0):
                     rows.append((self._pixels(box.text), label, self._score(box)))
@@ -176,7 +183,7 @@ class _Reader:
         rows = []
         for phrase in text.findall(pattern):
             # HF takes a location at the very start away before it looks for the label.
-            label = _label(re.sub(r"^<loc_\d+>", "", phrase.text, count=1), _POLYGON_LABEL)
+            label = _label(re.sub(r"^<loc_\d+>", "", phrase.text, count=1))
             if label is None:
                 continue
             whole = "<poly>" in phrase.text and "</poly>" in phrase.text
@@ -192,13 +199,13 @@ class _Reader:
         return dequantize(bins[: len(bins) // 2 * 2], self.size, self.bins).tolist()
 
     def _score(self, *parts: Decoded) -> float:
-        tokens = np.unique(np.concatenate([part.tokens for part in parts]))
+        tokens = sorted(set().union(*(part.tokens.tolist() for part in parts)))
         return float(np.exp(self.logprobs[tokens].mean()))
 
 
-def _label(phrase: str, pattern: re.Pattern[str]) -> str | None:
-    phrase = phrase.replace("<ground>", "", 1).replace("<obj>", "", 1)
-    found = pattern.search(phrase)
+def _label(phrase: str) -> str | None:
+    """None where a line ends inside it, as HF's `.` is no newline, or neither a location nor a `<poly>` follows."""
+    found = _LABEL.match(phrase)
     return found.group().strip() if found else None
 
 
