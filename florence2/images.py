@@ -50,11 +50,7 @@ class Limits:
     """Of the encoded file, 1 MB = 10**6 bytes."""
 
 
-def check_bytes(data, limits):
-    pass
-
-
-def decode(data: bytes, limits: Limits = Limits(), room=None) -> Image.Image:
+def decode(data: bytes, limits: Limits = Limits()) -> Image.Image:
     """An encoded image file, or the same in base64 -> its first frame, upright, mode RGB.
 
     base64: the standard or the URL-safe alphabet, padded, with or without line breaks and a data URL's head. Alpha is
