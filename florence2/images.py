@@ -183,11 +183,15 @@ class Resizer:
         return np.asarray(image.resize(self.size, self.resample))
 
 
-def _plain(data: bytes, limits: Limits) -> bytes:
-    allowed = limits.megabytes * 1e6
+def check_bytes(data: bytes, limits: Limits) -> None:
+    """Raises InvalidRequest for what is too long, whether it is an image file or base64."""
     # base64 takes 4/3, line breaks up to 1/32 of that.
-    if len(data) > 1.4 * allowed + 200:
+    if len(data) > 1.4 * limits.megabytes * 1e6 + 200:
         raise _too_long(data, limits)
+
+
+def _plain(data: bytes, limits: Limits) -> bytes:
+    check_bytes(data, limits)
     url = _DATA_URL.match(data)
     start = url.end() if url else 0
     # Every format has bytes outside base64 in its header, so the test can't mistake a file.
@@ -200,7 +204,7 @@ def _plain(data: bytes, limits: Limits) -> bytes:
                 raise InvalidRequest("the image is no image file and its base64 is damaged or cut short") from None
     if not data:
         raise InvalidRequest("the image is empty; send an encoded image file, or the same in base64")
-    if len(data) > allowed:
+    if len(data) > limits.megabytes * 1e6:
         raise _too_long(data, limits)
     return data
 
