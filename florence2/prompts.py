@@ -15,6 +15,8 @@ _LEADING_TOKEN = re.compile(r"\s*<(\w+)>")
 # As the tokens are written: <loc_007> would be read as text.
 _LOCATION = re.compile(r"<loc_(0|[1-9][0-9]{0,5})>")
 _IMAGE = "<image>"
+BYTES_PER_POSITION = 16
+"""A token is four bytes or so of text; the longest of the task's own have twenty."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,13 @@ def parse(prompt: str, location_bins: int = 1000) -> Prompt:
     return Prompt(None, prompt, prompt)
 
 
-def read_prompt(raw, positions):
-    if len(raw) > 16 * positions:
-        raise InvalidRequest("too long")
+def read_prompt(raw: bytes, positions: int) -> str:
+    """A prompt as it was sent, for a model with so many `positions`. Raises InvalidRequest for one that is too long to
+    be looked into, or not UTF-8."""
+    if len(raw) > BYTES_PER_POSITION * positions:
+        raise InvalidRequest(
+            f"the prompt has {len(raw)} bytes; this model takes at most {BYTES_PER_POSITION * positions}; shorten it"
+        )
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -104,11 +110,12 @@ def _refuse_misspelt(prompt: str) -> None:
 
 
 def _one_letter_off(a: str, b: str) -> bool:
-    """Whether one letter replaced, added or left out makes `a` of `b`."""
+    """Whether one letter replaced, added or left out makes `a` of `b`, or two neighbours that change places."""
     if len(a) > len(b):
         a, b = b, a
     same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
-    return a[same + (len(a) == len(b)) :] == b[same + 1 :]
+    swapped = a[:same] + a[same : same + 2][::-1] + a[same + 2 :]
+    return a[same + (len(a) == len(b)) :] == b[same + 1 :] or swapped == b
 
 
 def _short(text: str) -> str:

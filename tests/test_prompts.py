@@ -16,7 +16,7 @@ from transformers import Florence2Processor
 
 from florence2.errors import InvalidRequest
 from florence2.manifest import Sizes
-from florence2.prompts import PromptEncoder, parse
+from florence2.prompts import PromptEncoder, parse, read_prompt
 from florence2.tasks import TASKS, Takes
 
 # A busy machine is slow now and then.
@@ -239,6 +239,10 @@ def test_one_letter_off_is_refused_by_name(token: str) -> None:
         for wrong in (left_out, added, replaced, replaced.lower()):
             is_refused(f"<{wrong}>", f"unknown task <{wrong}>; did you mean {token}\\?")
     is_refused(f"<{name}S>", f"did you mean {token}\\?")
+    for place in range(len(name) - 1):
+        swapped = name[:place] + name[place + 1] + name[place] + name[place + 2 :]
+        if swapped != name:
+            is_refused(f"<{swapped}>", f"unknown task <{swapped}>; did you mean {token}\\?")
 
 
 @pytest.mark.parametrize("token", LONG_TASKS)
@@ -289,3 +293,12 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         return
     assert ids[0] == 0
     assert ids[-1] == 2
+
+
+def test_a_prompt_is_bounded_in_bytes_before_it_is_looked_into() -> None:
+    assert read_prompt("ü".encode() * 80, 10) == "ü" * 80
+    for long in (b"a" * 161, b"\xff" * 6_000_000):
+        with pytest.raises(InvalidRequest, match=f"has {len(long)} bytes; this model takes at most 160; shorten it"):
+            read_prompt(long, 10)
+    with pytest.raises(InvalidRequest, match="is not UTF-8"):
+        read_prompt(b"caf\xe9", 10)

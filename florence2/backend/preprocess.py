@@ -16,13 +16,14 @@ from florence2.backend.occupancy import PREPROCESS, Occupancy
 from florence2.backend.tensors import ARRIVAL, Arrival, Tensors, at_least, parameters, version_folder
 from florence2.backend.worker import Worker
 from florence2.generation.sessions import available_cores
-from florence2.images import Limits, Resizer, check_bytes, decode
+from florence2.images import Limits, Resizer, check_bytes, decode, quiet_pil
 from florence2.manifest import ModelSettings, read_json
 from florence2.prompts import PromptEncoder, read_prompt
 
 
 class TritonPythonModel:
     def initialize(self, args: Any) -> None:
+        quiet_pil()
         folder, given = version_folder(args), parameters(args)
         self.limits = Limits(float(given["max_megapixels"]), float(given["max_megabytes"]))
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
