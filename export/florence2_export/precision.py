@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from onnx import ModelProto, TensorProto
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.onnx_model import ONNXModel
+from onnxscript import ir
 from torch import nn
 from torch.onnx import ONNXProgram
+
+from florence2_export.int8 import quantize
 
 OPSET = 20
 """The first with Gelu as one operator; TensorRT 10 and Triton's ONNX Runtime read it."""
@@ -60,42 +60,11 @@ def trace(module: nn.Module, signature: Signature, half: bool) -> ONNXProgram:
 def save(program: ONNXProgram, path: Path, precision: str, external_data: bool) -> None:
     """`program`: traced in half for fp16, else not."""
     if precision == "int8":
-        _quantize(program.model_proto, path, external_data)
+        model = program.model_proto
+        quantize(model)
+        ir.save(ir.from_proto(model), path, external_data=f"{path.name}.data" if external_data else None)
     else:
         program.save(path, external_data=external_data)
-
-
-def _quantize(model: ModelProto, path: Path, external_data: bool) -> None:
-    """Every multiplication with a weight; what two activations are multiplied to, convolutions and the embedding
-    stay float32."""
-    _untie(model)
-    found = ONNXModel(model)
-    # Gemm has no dynamically quantized kernel.
-    found.replace_gemm_with_matmul()
-    # Shapes that the exporter noted, and that hold no more after that.
-    del found.model.graph.value_info[:]
-    with quiet("root"):
-        quantize_dynamic(
-            found.model,
-            path,
-            op_types_to_quantize=["MatMul"],
-            # A scale per output channel costs nothing, and the weights of attention differ much between channels.
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            use_external_data_format=external_data,
-            extra_options={"DefaultTensorType": TensorProto.FLOAT},
-        )
-
-
-def _untie(model: ModelProto) -> None:
-    """Gives a Gemm a copy of its weights where the embedding reads them too: they are about to be transposed."""
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    others = {name for node in model.graph.node if node.op_type != "Gemm" for name in node.input}
-    for node in model.graph.node:
-        if node.op_type == "Gemm" and node.input[1] in others and node.input[1] in weights:
-            own = model.graph.initializer.add()
-            own.CopyFrom(weights[node.input[1]])
-            own.name = node.input[1] = f"{own.name}.untied"
 
 
 @contextlib.contextmanager
