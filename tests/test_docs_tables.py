@@ -81,7 +81,7 @@ def test_limits() -> None:
     limits = Limits()
     assert f"at most {limits.megapixels:g} megapixels and {limits.megabytes:g} MB" in page
     assert f"to {PIL_MEGAPIXELS}" in page
-    assert f"| 1 to {MAX_BEAMS} |" in page
+    assert f"| `num_beams` | 1 to {MAX_BEAMS}, or" in page
     assert re.findall(r"[A-Z]\w+", text("docs/formats.md").split("## Pictures\n")[1])[: len(PICTURE_FORMATS)] == [
         name.replace("WEBP", "WebP") for name in PICTURE_FORMATS
     ]
