@@ -2,12 +2,19 @@
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from florence2.fields import MANIFEST, MODEL_SETTINGS, Rule, check, short
+
 FILE_NAME = "manifest.json"
+SETTINGS_MEGABYTES = 4
+"""A settings file that is larger is none; tokenizer_config.json and a weights index have some 200 kB."""
+_DEEPEST = 32
 
 
 @dataclass(frozen=True)
@@ -55,15 +62,17 @@ class Manifest:
     def read(cls, folder: Path, name: str = FILE_NAME) -> "Manifest":
         """Raises ValueError, naming the file, if it isn't there or isn't one of ours."""
         path = folder / name
+        if not os.path.lexists(path):
+            raise ValueError(f"{path} is missing: {folder} is not an export; make one with `florence2 export`")
         try:
-            content = json.loads(path.read_text())
-            return cls(**{**content, "sizes": Sizes(**content["sizes"])})
-        except FileNotFoundError:
-            raise ValueError(
-                f"{path} is missing: {folder} is not an export; make one with `florence2 export`"
-            ) from None
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; export the checkpoint again") from None
+        try:
+            _check_fields(content, cls, MANIFEST)
+        except ValueError as error:
             raise ValueError(f"{path} can't be read ({error}); export the checkpoint again") from None
+        return cls(**{"revision": None, **content, "sizes": Sizes(**content["sizes"])})
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,9 @@ class ModelSettings:
     @classmethod
     def read(cls, folder: Path) -> "ModelSettings":
         """Raises ValueError, naming the file."""
-        content = read_json(folder / cls.FILE_NAME)
+        path = folder / cls.FILE_NAME
+        content = read_json(path)
+        _check_fields(content, cls, MODEL_SETTINGS, f"{path}: ")
         return cls(Sizes(**content["sizes"]), content["banned_grounding_phrases"])
 
     def _text(self) -> str:
@@ -98,12 +109,42 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object from a file. Raises ValueError, naming the file."""
+def read_json(path: Path, megabytes: float = SETTINGS_MEGABYTES) -> dict[str, Any]:
+    """A JSON object from a file. Raises ValueError, naming the file, without reading one that is too large."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from None
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            # A pipe would be waited for, a device has no end.
+            raise ValueError(f"{path} is not a regular file")
+        if found.st_size > megabytes * 1e6:
+            raise ValueError(f"{path} has {found.st_size / 1e6:.0f} MB; {megabytes:g} MB are allowed")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} can't be read ({error.strerror})") from None
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
+        raise ValueError(f"{path} holds a {type(content).__name__} where an object is expected")
+    _check_depth(content, path)
     return content
+
+
+def _check_depth(content: dict[str, Any], path: Path) -> None:
+    """What walks through a value later, json.dumps among others, calls itself at every level."""
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"{path} is nested more than {_DEEPEST} levels deep")
+
+
+def _check_fields(content: Mapping[str, Any], cls: type, rules: Mapping[str, Rule], where: str = "") -> None:
+    """Raises ValueError for a field that is missing, unknown or of another kind."""
+    check(content, rules, where, rules.keys() - {"revision", "parity"})
+    for known, given in ((cls, content), (Sizes, content["sizes"])):
+        if unknown := given.keys() - {one.name for one in fields(known)}:
+            raise ValueError(f"{where}{short(min(unknown))} is unknown to this version")

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import exports
 import pytest
 from florence2_release import configs
 from florence2_release.repository import ENSEMBLE, FILES, Repository, install
@@ -14,43 +15,12 @@ from florence2_release.rollout import roll_back
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from florence2.manifest import Manifest, ModelSettings, Sizes, sha256_of
-
-SIZES = Sizes(
-    image_height=64,
-    image_width=64,
-    image_tokens=17,
-    d_model=8,
-    vocab_size=10,
-    decoder_layers=1,
-    decoder_attention_heads=1,
-    head_dim=8,
-    max_position_embeddings=32,
-    location_bins=10,
-)
+from florence2.manifest import Manifest, ModelSettings, sha256_of
 
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
-    folder = tmp_path / "export"
-    folder.mkdir()
-    names = sorted({name for files in FILES.values() for name in files} - {ModelSettings.FILE_NAME})
-    for name in names:
-        (folder / name).write_text(name)
-    Manifest(
-        source="somewhere",
-        revision=None,
-        sha256="0",
-        layout="native",
-        repairs=[],
-        precision="fp32",
-        opset=20,
-        sizes=SIZES,
-        banned_grounding_phrases=[],
-        tools={},
-        files={name: sha256_of(folder / name) for name in names},
-    ).write(folder)
-    return folder
+    return exports.write(tmp_path / "export")
 
 
 def config(repository: Path, model: str) -> ModelConfig:
@@ -61,7 +31,9 @@ def changed(export: Path, folder: Path, *names: str) -> Path:
     """The export with other bytes in some files, as a fine-tune has them."""
     other = shutil.copytree(export, folder)
     for name in names:
-        (other / name).write_text(f"{folder.name} {name}")
+        # Settings stay what they are, in other bytes.
+        text = (other / name).read_text() if name.endswith(".json") else folder.name
+        (other / name).write_text(f"{text}\n")
     manifest = Manifest.read(other)
     files = {name: sha256_of(other / name) for name in manifest.files}
     replace(manifest, files=files, source=folder.name).write(other)
@@ -84,7 +56,7 @@ def test_first_release(export: Path, tmp_path: Path) -> None:
     assert (repository / "release-1.json").is_file()
     assert (repository / "beam_search" / "1" / "decoder.onnx").read_text() == "decoder.onnx"
     assert {path.stat().st_nlink for path in repository.glob("*/1/*")} == {1}
-    assert ModelSettings.read(repository / "postprocess" / "1") == ModelSettings(SIZES, [])
+    assert ModelSettings.read(repository / "postprocess" / "1") == ModelSettings(exports.SIZES, [])
     assert Repository(repository).releases() == [release]
     assert Repository(repository).state(release) == "live"
 
@@ -221,7 +193,7 @@ def test_settings_that_are_edited_in_the_export_do_not_change_a_release(export: 
     with (export / "generation_config.json").open("a") as file:
         file.write("edited")
     installed = tmp_path / "repository" / "beam_search" / "1" / "generation_config.json"
-    assert installed.read_text() == "generation_config.json"
+    assert json.loads(installed.read_text()) == exports.GENERATION
 
 
 def test_a_file_that_is_not_what_the_manifest_names(export: Path, tmp_path: Path) -> None:

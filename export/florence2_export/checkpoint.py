@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import Florence2ForConditionalGeneration, GenerationConfig
 
+from florence2.fields import CONFIG, GENERATION, check, check_tokens, short
 from florence2_export.layouts import (
     LM_HEAD,
     POSITION_OFFSET,
@@ -26,7 +27,7 @@ from florence2_export.settings import (
     read_preprocessor,
     true_ids,
 )
-from florence2_export.source import SETTINGS, CheckpointError, Source, open_source
+from florence2_export.source import SETTINGS, CheckpointError, Source, open_source, told_of_checkpoint
 from florence2_export.tokenizer import FLORENCE_TOKENS, IMAGE, load_tokenizer, special_ids
 from florence2_export.weights import Weights, adapter_error, native_model, open_weights
 
@@ -38,7 +39,7 @@ logger = logging.getLogger(__name__)
 @dataclass
 class Checkpoint:
     model: Florence2ForConditionalGeneration
-    """float32, on the CPU, for inference; its generation_config is `generation`."""
+    """float32, on the CPU, for inference; its generation_config is what `generation` says of decoding."""
     tokenizer: Tokenizer
     """The base vocabulary and all of Florence-2's tokens; no truncation, no padding."""
     preprocessor: dict[str, Any]
@@ -67,11 +68,13 @@ def load_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     preprocessor = read_preprocessor(files, native, repairs)
 
     weights = open_weights(files)
+    banned_phrases = read_banned_phrases(files, weights.layout)
     text: Any = native.text_config
     _check_vision_type(config, weights.layout, repairs)
     _fit_vocabulary(text, weights, tokenizer, repairs)
     _fit_positions(text, weights, repairs)
     _check_tokens_have_rows(tokenizer, text.vocab_size, weights)
+    _check_ids_and_room(generation, preprocessor, text, files)
     image_token_id = tokenizer.token_to_id(IMAGE)
     native.image_token_id = text.vocab_size if image_token_id is None else image_token_id
     model = native_model(native, weights, _declared_tied(config), repairs)
@@ -84,7 +87,7 @@ def load_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         tokenizer=tokenizer,
         preprocessor=preprocessor,
         generation=generation,
-        banned_grounding_phrases=read_banned_phrases(files, weights.layout),
+        banned_grounding_phrases=banned_phrases,
         layout=weights.layout,
         source=str(source),
         revision=files.revision,
@@ -101,6 +104,8 @@ def _read_config(files: Source, repairs: list[str]) -> dict[str, Any]:
     check_architecture(config, path, repairs)
     if config.get("quantization_config"):
         raise CheckpointError(f"{path}: a quantised checkpoint (quantization_config); give the unquantised one")
+    with told_of_checkpoint():
+        check(config, CONFIG, f"{path}: ")
     for part in ("text_config", "vision_config"):
         if not isinstance(config.get(part), dict):
             raise CheckpointError(f"{path}: {part} is missing; copy the file from the checkpoint's base model")
@@ -115,9 +120,10 @@ def _note_auto_maps(files: Source, repairs: list[str]) -> None:
             continue
         # A class, or a tokenizer's slow and fast ones.
         targets = re.findall(r'"([^"]*)--[^"]*"', json.dumps(files.json(name).get("auto_map")))
-        elsewhere = sorted(set(targets))
+        elsewhere = sorted({target[:100] for target in targets})
         if elsewhere:
-            repairs.append(f"{name}: auto_map points to code in {', '.join(elsewhere)}; ignored, no remote code is run")
+            names = ", ".join(elsewhere[:3])
+            repairs.append(f"{name}: auto_map points to code in {names}; ignored, no remote code is run")
 
 
 def _check_vision_type(config: dict[str, Any], layout: Layout, repairs: list[str]) -> None:
@@ -166,9 +172,20 @@ def _check_tokens_have_rows(tokenizer: Tokenizer, rows: int, weights: Weights) -
             f"{weights.where}: {name_in(weights.layout, SHARED)} has {rows} rows, but the tokenizer's "
             f"Florence-2 tokens go up to id {last}; give the tokenizer this model was trained with"
         )
-    for token, index in tokenizer.get_vocab().items():
-        if index >= rows and token != IMAGE:
-            logger.warning("%s: token %s (id %d) has no row in the embedding", weights.where, token, index)
+    beyond = sorted(token for token, index in tokenizer.get_vocab().items() if index >= rows and token != IMAGE)
+    if beyond:
+        logger.warning("%s: %d tokens have no row in the embedding: %s", weights.where, len(beyond), short(beyond))
+
+
+def _check_ids_and_room(generation: dict[str, Any], preprocessor: dict[str, Any], text: Any, files: Source) -> None:
+    with told_of_checkpoint():
+        check_tokens(generation, text.vocab_size, f"{files.folder / 'generation_config.json'}: ")
+    taken, positions = preprocessor["image_seq_length"], text.max_position_embeddings
+    if taken >= positions:
+        raise CheckpointError(
+            f"{files.folder}: size {preprocessor['size']} gives {taken} image tokens, which leaves no room for a "
+            f"prompt in max_position_embeddings {positions}; give a smaller size"
+        )
 
 
 def _declared_tied(config: dict[str, Any]) -> bool | None:
@@ -178,5 +195,5 @@ def _declared_tied(config: dict[str, Any]) -> bool | None:
 
 
 def _generation_config(generation: dict[str, Any]) -> GenerationConfig:
-    # With _from_model_config transformers would take the defaults from the config again.
-    return GenerationConfig.from_dict({key: value for key, value in generation.items() if key != "_from_model_config"})
+    """Of the fields that are checked: what else it says changes no answer, or is refused where answers are made."""
+    return GenerationConfig.from_dict({key: generation[key] for key in GENERATION if generation.get(key) is not None})

@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import BartConfig, Florence2Config
+from transformers.activations import ACT2FN
 from transformers.models.florence2.configuration_florence2 import Florence2VisionConfig
 
+from florence2.fields import short, value_at
 from florence2_export.source import CheckpointError, one_line
 
 Layout = Literal["microsoft", "native"]
@@ -69,7 +71,7 @@ def find_layout(names: Iterable[str], file: str) -> Layout:
         return "microsoft"
     if any(name.startswith("model.language_model.") for name in names):
         return "native"
-    sample = ", ".join(sorted(names)[:3]) or "no tensors"
+    sample = ", ".join(name[:80] for name in sorted(names)[:3]) or "no tensors"
     raise CheckpointError(
         f"{file}: neither language_model.model.* (Microsoft's layout) nor "
         f"model.language_model.* (transformers'): it holds {sample}; give a Florence-2 checkpoint"
@@ -78,13 +80,13 @@ def find_layout(names: Iterable[str], file: str) -> Layout:
 
 def check_architecture(config: dict[str, Any], file: str, repairs: list[str]) -> None:
     model_type, classes = config.get("model_type"), config.get("architectures") or []
-    named = any(str(name).startswith("Florence2") for name in classes)
+    named = isinstance(classes, list) and any(str(name).startswith("Florence2") for name in classes)
     if model_type == "florence2" and (named or not classes):
         return
     if not named:
-        found = f"model_type {model_type!r}, architectures {classes}"
+        found = f"model_type {short(model_type)}, architectures {short(classes)}"
         raise CheckpointError(f"{file}: {found}: not Florence-2; give a Florence-2 checkpoint")
-    repairs.append(f"config.json: model_type {model_type!r} replaced by 'florence2', as architectures say")
+    repairs.append(f"config.json: model_type {short(model_type)} replaced by 'florence2', as architectures say")
 
 
 def native_config(config: dict[str, Any], ids: dict[str, Any], file: str) -> Florence2Config:
@@ -100,10 +102,35 @@ def native_config(config: dict[str, Any], ids: dict[str, Any], file: str) -> Flo
         )
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: {one_line(error)}; correct it there") from error
-    stages = {name: len(getattr(native.vision_config, name)) for name in _PER_STAGE}
+    _check_shapes(native, file)
+    return native
+
+
+def _check_shapes(native: Florence2Config, file: str) -> None:
+    """Raises CheckpointError for what the native class divides by, multiplies with or looks up in vain."""
+    text, vision = native.text_config, native.vision_config
+    stages = {name: len(getattr(vision, name)) for name in _PER_STAGE}
     if len(set(stages.values())) != 1:
         raise CheckpointError(f"{file}: vision_config's lists differ in length: {stages}; one entry a stage")
-    return native
+    divided = [("text_config.d_model", text.d_model, f"text_config.{name}", getattr(text, name)) for name in _HEADS]
+    for name in ("num_heads", "num_groups"):
+        parts = zip(vision.embed_dim, getattr(vision, name), strict=True)
+        divided += [("vision_config.embed_dim", width, f"vision_config.{name}", count) for width, count in parts]
+    # Half of its columns are sines, half cosines.
+    divided.append(("vision_config.embed_dim", vision.embed_dim[-1], "two, in the last stage", 2))
+    for whole, width, part, count in divided:
+        if width % count:
+            raise CheckpointError(f"{file}: {whole} {width} is not divisible by {part} {count}; correct it there")
+    if vision.projection_dim != text.d_model:
+        what = f"vision_config.projection_dim {vision.projection_dim} is not text_config.d_model {text.d_model}"
+        raise CheckpointError(f"{file}: {what}; the language model reads the projected features")
+    for part, config in (("text_config", text), ("vision_config", vision)):
+        if config.activation_function not in ACT2FN:
+            what = f"{part}.activation_function is {short(config.activation_function)}"
+            raise CheckpointError(f"{file}: {what}, which transformers does not have; correct it there")
+
+
+_HEADS = ("encoder_attention_heads", "decoder_attention_heads")
 
 
 _REQUIRED_TEXT = (
@@ -202,12 +229,10 @@ _SUPPORTED: dict[str, dict[str, tuple[Any, ...]]] = {
 def _check_supported(text: dict[str, Any], vision: dict[str, Any], file: str) -> None:
     for part, values in (("text_config", text), ("vision_config", vision)):
         for key, allowed in _SUPPORTED[part].items():
-            value: Any = values
-            for step in key.split("."):
-                value = value.get(step) if isinstance(value, dict) else value
+            value = value_at(values, key, f"{file}: {part}.")
             if value not in allowed:
                 raise CheckpointError(
-                    f"{file}: {part}.{key} is {value!r}, which is not Florence-2; expected {allowed[0]!r}"
+                    f"{file}: {part}.{key} is {short(value)}, which is not Florence-2; expected {allowed[0]!r}"
                 )
     missing = [f"text_config.{name}" for name in _REQUIRED_TEXT if text.get(name) is None]
     missing += [] if vision.get("embed_dim") or vision.get("dim_embed") else ["vision_config.dim_embed"]

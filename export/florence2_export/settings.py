@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers import Florence2Config
 
+from florence2.fields import GENERATION, IMAGE_TOKENS, MAP_VALUES, PHRASES, PREPROCESSOR, check, short, value_at
 from florence2_export.layouts import Layout
-from florence2_export.source import CheckpointError, Source
+from florence2_export.source import CheckpointError, Source, told_of_checkpoint
 
 Refuse = Callable[[str], CheckpointError]
 
@@ -82,7 +83,10 @@ def read_generation(source: Source, config: dict[str, Any], ids: dict[str, int],
     text = config["text_config"]
     said = _said(config) | _said(text)
     if source.has(file):
-        generation = correct_ids(source.json(file), ids, text, file, repairs)
+        generation = source.json(file)
+        with told_of_checkpoint():
+            check(generation, GENERATION, f"{source.folder / file}: ")
+        generation = correct_ids(generation, ids, text, file, repairs)
     else:
         generation = said | ids
         repairs.append(f"{file} is missing: decoding defaults taken from config.json's text_config")
@@ -112,49 +116,59 @@ def _said(values: dict[str, Any]) -> dict[str, Any]:
 def read_banned_phrases(source: Source, layout: Layout) -> list[str]:
     if layout == "microsoft":
         return list(MICROSOFT_BANNED_PHRASES)
-    post_processor = source.optional_json("processor_config.json").get("post_processor_config") or {}
-    return list((post_processor.get("phrase_grounding") or {}).get("banned_grounding_tokens") or [])
+    name = "post_processor_config.phrase_grounding.banned_grounding_tokens"
+    where = f"{source.folder / 'processor_config.json'}: "
+    content = source.optional_json("processor_config.json")
+    with told_of_checkpoint():
+        check(content, {name: PHRASES}, where)
+        return list(value_at(content, name, where) or [])
+
+
+_NEEDED = ("size.height", "size.width", "image_mean", "image_std")
 
 
 def read_preprocessor(source: Source, config: Florence2Config, repairs: list[str]) -> dict[str, Any]:
     """The image processor's settings, all of them; refused where they ask for what is not done here."""
-    file, given = _image_processor(source)
+    file, prefix, given = _image_processor(source)
 
     def refuse(problem: str) -> CheckpointError:
         return CheckpointError(f"{source.folder / file}: {problem}")
 
-    size = given.get("size")
-    if not isinstance(size, dict) or not all(isinstance(size.get(key), int) for key in ("height", "width")):
-        raise refuse(f"size is {size!r}; Florence-2 resizes to a height and a width: give both")
-    size = {"height": size["height"], "width": size["width"]}
+    with told_of_checkpoint():
+        check(given, PREPROCESSOR, f"{source.folder / file}: {prefix}", _NEEDED)
+    size = {"height": given["size"]["height"], "width": given["size"]["width"]}
     for key in ("do_resize", "do_rescale", "do_normalize"):
         if given.get(key) is False:
             raise refuse(f"{key} is false; Florence-2 pixels are resized, rescaled and normalised: set it to true")
     if given.get("do_pad"):
         raise refuse("do_pad is true; Florence-2 does not pad pictures: set it to false")
     if _crops(given, size):
-        raise refuse(f"do_center_crop to {given.get('crop_size')!r} after resizing to {size}: set it to false")
+        raise refuse(f"do_center_crop to {short(given.get('crop_size'))} after resizing to {size}: set it to false")
     return {
         "do_resize": True,
         "size": size,
-        "resample": _resample(given.get("resample", 3), refuse),
+        "resample": 3 if given.get("resample") is None else given["resample"],
         "do_center_crop": False,
         "do_rescale": True,
         "rescale_factor": given.get("rescale_factor") or 1 / 255,
         "do_normalize": True,
-        "image_mean": _channels(given, "image_mean", refuse),
-        "image_std": _channels(given, "image_std", refuse),
+        "image_mean": [float(value) for value in given["image_mean"]],
+        "image_std": [float(value) for value in given["image_std"]],
         "do_convert_rgb": True,
         "image_seq_length": _image_seq_length(given, size, config, file, repairs, refuse),
     }
 
 
-def _image_processor(source: Source) -> tuple[str, dict[str, Any]]:
-    """processor_config.json first, as transformers 5 does (ImageProcessingMixin.get_image_processor_dict)."""
-    nested = source.optional_json("processor_config.json").get("image_processor")
-    if isinstance(nested, dict):
-        return "processor_config.json", nested
-    return "preprocessor_config.json", source.json("preprocessor_config.json")
+def _image_processor(source: Source) -> tuple[str, str, dict[str, Any]]:
+    """processor_config.json first, as transformers 5 does (ImageProcessingMixin.get_image_processor_dict): the file,
+    what its fields' names begin with, and the object."""
+    file = "processor_config.json"
+    nested = source.optional_json(file).get("image_processor")
+    if nested is None:
+        return "preprocessor_config.json", "", source.json("preprocessor_config.json")
+    if not isinstance(nested, dict):
+        raise CheckpointError(f"{source.folder / file}: image_processor is {short(nested)}; give an object")
+    return file, "image_processor.", nested
 
 
 def _crops(given: dict[str, Any], size: dict[str, int]) -> bool:
@@ -165,23 +179,6 @@ def _crops(given: dict[str, Any], size: dict[str, int]) -> bool:
     if given.get("do_center_crop") is None:
         return crop is not None and crop != size
     return bool(given["do_center_crop"]) and crop != size
-
-
-def _resample(value: Any, refuse: Refuse) -> int:
-    if isinstance(value, bool) or value not in range(6):
-        raise refuse(f"resample is {value!r}; expected one of Pillow's 0 to 5, 3 being bicubic")
-    return int(value)
-
-
-def _channels(given: dict[str, Any], key: str, refuse: Refuse) -> list[float]:
-    values: Any = given.get(key)
-    if not _are_three_numbers(values) or (key == "image_std" and 0 in values):
-        raise refuse(f"{key} is {values!r}; give three numbers, one per colour")
-    return [float(value) for value in values]
-
-
-def _are_three_numbers(values: Any) -> bool:
-    return isinstance(values, list) and len(values) == 3 and all(isinstance(x, int | float) for x in values)
 
 
 def _image_seq_length(
@@ -195,14 +192,20 @@ def _image_seq_length(
     """Image tokens: the last stage's map, and the pooled token before it."""
     vision: Any = config.vision_config
     grid = [size["height"], size["width"]]
-    for kernel, stride, padding in zip(vision.patch_size, vision.patch_stride, vision.patch_padding, strict=True):
+    stages = zip(vision.patch_size, vision.patch_stride, vision.patch_padding, vision.embed_dim, strict=True)
+    for kernel, stride, padding, channels in stages:
         grid = [(side + 2 * padding - kernel) // stride + 1 for side in grid]
-    if not all(0 < side <= vision.max_position_embeddings for side in grid):
+        if min(grid) < 1 or not MAP_VALUES.allows(grid[0] * grid[1] * channels):
+            what = f"a stage of {grid[0]} x {grid[1]} places and {channels} channels"
+            raise refuse(f"size {size} gives {what}; give a size that vision_config's patch_stride is made for")
+    if max(grid) > vision.max_position_embeddings:
         raise refuse(
             f"size {size} gives {grid[0]} x {grid[1]} image tokens; "
             f"the model has positions for 1 to {vision.max_position_embeddings} a side"
         )
     length = grid[0] * grid[1] + 1
+    if not IMAGE_TOKENS.allows(length):
+        raise refuse(f"size {size} gives {length} image tokens; give a size with {IMAGE_TOKENS}")
     stated = given.get("image_seq_length")
     if stated is not None and stated != length:
         repairs.append(f"{file}: image_seq_length {stated} replaced by {length}, which is what {size} gives")

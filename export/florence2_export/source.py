@@ -1,11 +1,15 @@
 """Where a checkpoint's files come from: a folder, or a model id on the Hugging Face hub."""
 
+import contextlib
 import hashlib
-import json
+import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from florence2.manifest import read_json
 
 SETTINGS = (
     "config.json",
@@ -24,10 +28,27 @@ BIN = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_LONGEST = 1000
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; one line that names the file or tensor and says what to do."""
+
+    def __init__(self, message: str) -> None:
+        # Names of tensors and tokens are whatever somebody wrote: lines, or a terminal's commands.
+        printable = "".join(letter if letter.isprintable() else "?" for letter in message)
+        super().__init__(printable if len(printable) <= _LONGEST else printable[: _LONGEST - 3] + "...")
+
+
+@contextlib.contextmanager
+def told_of_checkpoint(todo: str | None = None) -> Iterator[None]:
+    """What is found wrong in a file, as CheckpointError; with `todo` where its text doesn't say what to do."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{error}; {todo}" if todo else str(error)) from error
 
 
 @dataclass
@@ -39,7 +60,11 @@ class Source:
     revision: str | None = None
 
     def has(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        """Raises CheckpointError for a folder, a pipe or a link that leads nowhere, of that name."""
+        path = self.folder / name
+        if not path.is_file() and os.path.lexists(path):
+            raise CheckpointError(f"{path} is not a regular file; get it again")
+        return path.is_file()
 
     def path(self, name: str) -> Path:
         if not self.has(name):
@@ -49,14 +74,8 @@ class Source:
         return self.folder / name
 
     def json(self, name: str) -> dict[str, Any]:
-        path = self.path(name)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is not valid JSON ({one_line(error)}); get it again") from error
-        if not isinstance(content, dict):
-            raise CheckpointError(f"{path} holds a {type(content).__name__} where an object is expected; get it again")
-        return content
+        with told_of_checkpoint("get it again"):
+            return read_json(self.path(name))
 
     def optional_json(self, name: str) -> dict[str, Any]:
         return self.json(name) if self.has(name) else {}
@@ -71,7 +90,7 @@ class Source:
         total = hashlib.sha256()
         patterns = (*SETTINGS, *SAFETENSORS, *BIN)
         for path in sorted({path for pattern in patterns for path in self.folder.glob(pattern)}):
-            with path.open("rb") as file:
+            with self.path(path.name).open("rb") as file:
                 total.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
         return total.hexdigest()
 

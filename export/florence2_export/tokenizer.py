@@ -1,10 +1,15 @@
 """A checkpoint's tokenizer, completed with the tokens that Florence-2's processor adds."""
 
+import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from florence2_export.source import CheckpointError, Source, one_line
+from florence2.fields import TOKEN, short
+from florence2.manifest import read_json
+from florence2.tokenizer import MEGABYTES, check_vocabulary, read_tokenizer, without_panics
+from florence2_export.source import CheckpointError, Source, told_of_checkpoint
 
 BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 IMAGE = "<image>"
@@ -27,29 +32,28 @@ FLORENCE_TOKENS = (
 )
 
 
+_ID = re.compile(r"[0-9]{1,10}")
+
+
 def load_tokenizer(source: Source) -> Tokenizer:
     """Complete, without truncation or padding; `<s>` and `</s>` only where special tokens are asked for."""
-    tokenizer = _from_json(source) if source.has("tokenizer.json") else _from_vocabulary(source)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    _add_declared(tokenizer, source)
-    _add_missing(tokenizer, FLORENCE_TOKENS)
-    _frame_with_bos_and_eos(tokenizer, source)
-    return tokenizer
+    with told_of_checkpoint("copy the tokenizer from the checkpoint's base model"):
+        if source.has("tokenizer.json"):
+            tokenizer = read_tokenizer(source.path("tokenizer.json"))
+        else:
+            tokenizer = _from_vocabulary(source)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        _add_declared(tokenizer, source)
+        _add_missing(tokenizer, FLORENCE_TOKENS)
+        _frame_with_bos_and_eos(tokenizer, source)
+        return tokenizer
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
     """Of a tokenizer from `load_tokenizer`, which has all three."""
     vocabulary = tokenizer.get_vocab()
     return {"bos_token_id": vocabulary[BOS], "eos_token_id": vocabulary[EOS], "pad_token_id": vocabulary[PAD]}
-
-
-def _from_json(source: Source) -> Tokenizer:
-    path = source.path("tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing more special
-        raise CheckpointError(f"{path} is damaged or cut short ({one_line(error)}); get it again") from error
 
 
 def _from_vocabulary(source: Source) -> Tokenizer:
@@ -61,10 +65,11 @@ def _from_vocabulary(source: Source) -> Tokenizer:
         )
     vocab, merges = source.path("vocab.json"), source.path("merges.txt")
     prefix_space = bool(source.optional_json("tokenizer_config.json").get("add_prefix_space", False))
-    try:
+    check_vocabulary(read_json(vocab, MEGABYTES), f"{vocab}")
+    if merges.stat().st_size > MEGABYTES * 1e6:
+        raise CheckpointError(f"{merges} has more than {MEGABYTES} MB; get it again")
+    with without_panics(merges):
         bpe = models.BPE.from_file(str(vocab), str(merges), continuing_subword_prefix="", end_of_word_suffix="")
-    except Exception as error:
-        raise CheckpointError(f"{vocab}, {merges.name}: {one_line(error)}; get them again") from error
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,24 +84,35 @@ def _add_declared(tokenizer: Tokenizer, source: Source) -> None:
         _add_missing(tokenizer, sorted(declared, key=declared.__getitem__))
         vocabulary = tokenizer.get_vocab()
         for token, index in declared.items():
-            if vocabulary[token] != index:
+            if vocabulary.get(token) != index:
                 raise CheckpointError(
-                    f"{source.folder / file}: {token} has id {index}, but the vocabulary gives it "
-                    f"{vocabulary[token]}; copy the tokenizer from the checkpoint's base model"
+                    f"{source.folder / file}: {token[:80]} has id {index}, but the vocabulary gives it "
+                    f"{vocabulary.get(token)}; copy the tokenizer from the checkpoint's base model"
                 )
 
 
 def _declared(source: Source) -> Iterator[tuple[str, dict[str, int]]]:
-    for file in ("added_tokens.json", "tokenizer_config.json"):
-        content = source.optional_json(file)
-        try:
-            if file == "tokenizer_config.json":
-                by_id = content.get("added_tokens_decoder") or {}
-                content = {token["content"]: index for index, token in by_id.items()}
-            yield file, {token: int(index) for token, index in content.items()}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            problem = f"its added tokens are not tokens with ids ({one_line(error)})"
-            raise CheckpointError(f"{source.folder / file}: {problem}; get it again") from error
+    content = source.optional_json("added_tokens.json")
+    yield "added_tokens.json", _ids("added_tokens.json", content.items(), source)
+    file = "tokenizer_config.json"
+    by_id = source.optional_json(file).get("added_tokens_decoder") or {}
+    if not isinstance(by_id, dict):
+        raise CheckpointError(f"{source.folder / file}: added_tokens_decoder is {short(by_id)}; give an object")
+    pairs = [
+        (token.get("content") if isinstance(token, dict) else None, int(index) if _ID.fullmatch(index) else index)
+        for index, token in by_id.items()
+    ]
+    yield file, _ids(file, pairs, source)
+
+
+def _ids(file: str, pairs: Iterable[tuple[Any, Any]], source: Source) -> dict[str, int]:
+    ids = {}
+    for token, index in pairs:
+        if not isinstance(token, str) or not TOKEN.allows(index):
+            problem = f"its added tokens are not tokens with ids ({short(token)}: {short(index)})"
+            raise CheckpointError(f"{source.folder / file}: {problem}; get it again")
+        ids[token] = index
+    return ids
 
 
 def _add_missing(tokenizer: Tokenizer, tokens: Iterable[str]) -> None:
@@ -113,6 +129,8 @@ def _frame_with_bos_and_eos(tokenizer: Tokenizer, source: Source) -> None:
             f"{source.folder}: the tokenizer has no {', '.join(absent)}; copy the base model's tokenizer"
         )
     ids = special_ids(tokenizer)
-    if tokenizer.encode("").ids != [ids["bos_token_id"], ids["eos_token_id"]]:
+    with without_panics(source.folder):
+        found = tokenizer.encode("").ids
+    if found != [ids["bos_token_id"], ids["eos_token_id"]]:
         frame = [(BOS, ids["bos_token_id"]), (EOS, ids["eos_token_id"])]
         tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A {EOS}", special_tokens=frame)

@@ -1,6 +1,8 @@
 """A checkpoint's weights: named at once, read one tensor at a time, put into transformers' native class."""
 
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import Florence2Config, Florence2ForConditionalGeneration
 
+from florence2.fields import short
 from florence2_export.layouts import (
     EMBEDDING_COPIES,
     IMAGE_PROJECTION,
@@ -22,6 +25,9 @@ from florence2_export.layouts import (
     name_in,
 )
 from florence2_export.source import BIN, SAFETENSORS, CheckpointError, Source, one_line
+
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_SHARD = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,16 @@ class Weights:
         """A float32 copy, independent of the file."""
         original = name_in(self.layout, name)
         self.read_names.add(original)
-        tensor = self._raw(original)
-        if not tensor.is_floating_point():
-            entry = self.entries[original]
-            raise CheckpointError(
-                f"{entry.file}: {original} is {tensor.dtype}; save it as float32, float16 or bfloat16"
-            )
+        tensor, file = self._raw(original), self.entries[original].file
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{file}: {original} is {tensor.dtype}; save it as float32, float16 or bfloat16")
         if self._is_transposed(name):
             tensor = tensor.T
         # contiguous() first: a transposed copy would keep its strides.
-        return tensor.detach().contiguous().to(torch.float32, copy=True)
+        values = tensor.detach().contiguous().to(torch.float32, copy=True)
+        if not torch.isfinite(values).all():
+            raise CheckpointError(f"{file}: {original} holds NaN or infinity; save the model as it was before")
+        return values
 
     def ignore_zeros(self, original: str) -> None:
         if original in self.entries:
@@ -77,7 +83,7 @@ class Weights:
             file = self.entries[surplus[0]].file
             more = f" and {len(surplus) - 1} more" if len(surplus) > 1 else ""
             raise CheckpointError(
-                f"{file}: surplus tensor {surplus[0]}{more}: Florence-2 has no such tensor; save without"
+                f"{file}: surplus tensor {surplus[0][:200]}{more}: Florence-2 has no such tensor; save without"
             )
 
     def missing(self, name: str) -> CheckpointError:
@@ -121,7 +127,8 @@ def open_weights(source: Source) -> Weights:
 
 
 def adapter_error(source: Source) -> CheckpointError:
-    base = source.json("adapter_config.json").get("base_model_name_or_path") or "its base model"
+    named = source.json("adapter_config.json").get("base_model_name_or_path")
+    base = named if isinstance(named, str) and named else "its base model"
     path = source.folder / "adapter_config.json"
     return CheckpointError(
         f"{path}: a LoRA adapter without model weights; merge it into {base} first and give the result"
@@ -133,16 +140,20 @@ def _open_shards(source: Source, index: str, entries_of: Callable[[Path], dict[s
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{source.folder / index} has no weight_map; get it again")
     entries: dict[str, _Entry] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{source.folder / index}: weight_map[{short(name)}] is {short(shard)}, which is no file of the "
+                "checkpoint's folder; get it again"
+            )
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{source.folder / index} names {shard!r}, which is outside the checkpoint's folder")
         if not source.has(shard):
             raise CheckpointError(f"{source.folder / shard} is missing, and {index} names it; get it again")
         entries |= entries_of(source.path(shard))
     for name, shard in weight_map.items():
         if name not in entries:
             raise CheckpointError(
-                f"{source.folder / shard}: tensor {name} is missing, and {index} names it; get it again"
+                f"{source.folder / shard}: tensor {name[:200]} is missing, and {index} names it; get it again"
             )
     return Weights(entries, source.folder / index)
 
@@ -165,8 +176,14 @@ def _bin(path: Path) -> dict[str, _Entry]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not tensors by name; save model.state_dict()")
     for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {name} is a {type(value).__name__}, not a tensor; save model.state_dict()")
+        if not isinstance(value, Tensor) or not isinstance(name, str):
+            what = f"{str(name)[:200]} is a {type(value).__name__}"
+            raise CheckpointError(f"{path}: {what}, not a tensor by its name; save model.state_dict()")
+        if not _is_whole(value):
+            # A tensor of another kind, or a few bytes that are to be read as gigabytes, by strides of zero.
+            raise CheckpointError(
+                f"{path}: {name[:200]} is not an array in memory; save the model as model.safetensors"
+            )
 
     def reader(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor
@@ -174,10 +191,18 @@ def _bin(path: Path) -> dict[str, _Entry]:
     return {name: _Entry(path, tuple(tensor.shape), reader(tensor)) for name, tensor in content.items()}
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
 def _unpickle(path: Path) -> object:
     with path.open("rb") as file:
         is_zip = file.read(4) == b"PK\x03\x04"
     try:
+        if is_zip and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+            # PyTorch stores; a few megabytes that were packed can be a thousand times as many.
+            raise CheckpointError(f"{path} is compressed; save the model as model.safetensors")
         # mmap keeps a second copy out of memory; PyTorch has it for its zip format only.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
@@ -187,7 +212,9 @@ def _unpickle(path: Path) -> object:
                 "save the model as model.safetensors"
             ) from error
         raise CheckpointError(f"{path} is damaged or cut short; get it again") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # what the unpickler is led to call raises what it likes
         raise CheckpointError(f"{path} is damaged or cut short ({one_line(error)}); get it again") from error
 
 
@@ -204,7 +231,7 @@ def native_model(
     try:
         with torch.device("meta"):
             model = Florence2ForConditionalGeneration(config)
-    except (ValueError, RuntimeError, TypeError) as error:
+    except Exception as error:  # its modules raise what they like
         raise CheckpointError(
             f"config.json: no such Florence-2 can be built ({one_line(error)}); correct it"
         ) from error

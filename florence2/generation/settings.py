@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from florence2.errors import InvalidRequest
+from florence2.fields import GENERATION, check
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,10 @@ class GenerationSettings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], positions: int) -> "GenerationSettings":
-        """A `generation_config.json` as a dict. Raises ValueError, by name, for what isn't implemented."""
+        """A `generation_config.json` as a dict. Raises ValueError, by name, for what isn't implemented, and for a field
+        that is of another kind or past the bounds of `florence2.fields`."""
         check_supported(config)
+        check(config, GENERATION, "generation_config.json: ")
         given = {key: value for key, value in config.items() if value is not None}
         start = given.get("decoder_start_token_id", given.get("bos_token_id"))
         eos = _single(given.get("eos_token_id"))
@@ -61,7 +64,10 @@ class GenerationSettings:
             suppress_tokens=tuple(given.get("suppress_tokens", ())),
             begin_suppress_tokens=tuple(given.get("begin_suppress_tokens", ())),
         )
-        return settings.override()
+        try:
+            return settings.override()
+        except InvalidRequest as error:
+            raise ValueError(f"generation_config.json: {error}") from None
 
     def within(self, max_beams: int, max_new_tokens: int) -> "GenerationSettings":
         """The same on a server that allows no more, neither to who asks for it nor to who says nothing;

@@ -28,6 +28,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from florence2.manifest import FILE_NAME, Manifest, ModelSettings, sha256_of
 from florence2_release import configs
+from florence2_release.export_check import check_settings
 
 logger = logging.getLogger(__name__)
 ENSEMBLE = "florence2"
@@ -520,6 +521,7 @@ def _checked(export: Path) -> Manifest:
     for name in sorted(wanted):
         if manifest.files.get(name) != sha256_of(export / name):
             raise ValueError(f"{export / name} is not the file its manifest names; export the checkpoint again")
+    check_settings(export, manifest)
     return manifest
 
 
