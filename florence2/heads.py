@@ -9,6 +9,8 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from itertools import takewhile
+from typing import Literal, NamedTuple
 
 from florence2.errors import InvalidRequest
 
@@ -42,6 +44,7 @@ _TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 
 """Of TIFF's types, bytes; PIL skips the others."""
 _STRINGS = (1, 2, 7)
 """TIFF's types whose values PIL keeps as they stand."""
+_SHORT, _LONG = 3, 4
 _STRIP_OFFSETS, _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS = 273, 322, 323, 324
 
 
@@ -74,38 +77,49 @@ def check_tags(block: bytes) -> None:
     same bytes."""
     if block.startswith(_EXIF * 8):
         raise InvalidRequest("the image's EXIF block is damaged; save the picture anew without it")
-    total = numbers = 0
-    for _, kind, _, size, _ in _tags(block):
-        total += size
-        numbers += 0 if kind in _STRINGS else size
-    if total > len(block) + 65536 or numbers > MAX_NUMBERS:
-        raise InvalidRequest(
-            "the image's EXIF or TIFF tags are damaged or too large; save the picture anew without them"
-        )
+    # PIL gives up at the first tag that isn't whole.
+    read = list(takewhile(lambda tag: tag.whole, _tags(block)))
+    numbers = sum(tag.size for tag in read if tag.type not in _STRINGS)
+    if numbers > MAX_NUMBERS or sum(tag.size for tag in read) > len(block) + 65536:
+        raise InvalidRequest("the image's EXIF or TIFF tags are too large; save the picture anew without them")
 
 
 def _check_tiff(data: bytes) -> None:
+    if data.startswith(b"MM\0+"):
+        # PIL takes it for the older TIFF; what a later one reads would go unchecked.
+        raise InvalidRequest("the TIFF is a big-endian BigTIFF, which isn't read; save it as another TIFF or as PNG")
     check_tags(data)
     tile = {_TILE_WIDTH: 0, _TILE_LENGTH: 0}
-    for tag, _, count, _, value in _tags(data):
-        if tag in (_STRIP_OFFSETS, _TILE_OFFSETS) and count > MAX_OFFSETS:
-            raise InvalidRequest(f"the TIFF has {count} strips or tiles; {MAX_OFFSETS} are allowed")
-        if tag in tile:
-            # A tag may be there twice; libtiff takes the first, PIL the last.
-            tile[tag] = max(tile[tag], value)
+    for tag in _tags(data):
+        if tag.name in (_STRIP_OFFSETS, _TILE_OFFSETS) and tag.values > MAX_OFFSETS:
+            raise InvalidRequest(f"the TIFF has {tag.values} strips or tiles; {MAX_OFFSETS} are allowed")
+        if tag.name in tile:
+            # PIL takes the last of the same name, libtiff the first, of more types than PIL knows.
+            tile[tag.name] = max(tile[tag.name], tag.value if tag.type in (_SHORT, _LONG) else MAX_TILE + 1)
     if tile[_TILE_WIDTH] * tile[_TILE_LENGTH] > MAX_TILE:
-        raise InvalidRequest(
-            f"the TIFF's tiles have {tile[_TILE_WIDTH]} x {tile[_TILE_LENGTH]} pixels; {MAX_TILE} are allowed"
-        )
+        raise InvalidRequest(f"the TIFF's tiles are too large; {MAX_TILE} pixels are allowed")
 
 
-def _tags(block: bytes) -> Iterator[tuple[int, int, int, int, int]]:
-    """(tag, type, count, bytes, number it holds or points at) of the first directory, as far as PIL reads it."""
+class _Tag(NamedTuple):
+    name: int
+    type: int
+    values: int
+    """How many."""
+    size: int
+    """Bytes that its values take elsewhere in the file."""
+    value: int
+    """Or where in the file its values are."""
+    whole: bool
+
+
+def _tags(block: bytes) -> Iterator[_Tag]:
+    """Of the first directory."""
     while block.startswith(_EXIF):
         block = block[len(_EXIF) :]
     if len(block) < 16 or not block.startswith(_TIFF):
         return
-    order, name = ("<", "little") if block[:1] == b"I" else (">", "big")
+    name: Literal["little", "big"] = "little" if block[:1] == b"I" else "big"
+    order = "<" if name == "little" else ">"
     # As PIL tells BigTIFF.
     big = block[2] == ord("+")
     start, counted, entry, inline = (8, "Q", "HHQ8s", 8) if big else (4, "H", "HHL4s", 4)
@@ -114,19 +128,14 @@ def _tags(block: bytes) -> Iterator[tuple[int, int, int, int, int]]:
     head = block[at : at + length]
     if len(head) < length:
         return
-    (count,) = struct.unpack(order + counted, head)
+    (entries,) = struct.unpack(order + counted, head)
     step = struct.calcsize(order + entry)
-    table = block[at + length : at + length + min(count, len(block)) * step]
-    for tag, kind, values, held in struct.iter_unpack(order + entry, table[: len(table) // step * step]):
-        size = values * _TYPE_SIZES.get(kind, 0)
-        if size <= inline:
-            yield tag, kind, values, size, int.from_bytes(held[:size], name)  # type: ignore[arg-type]
-            continue
-        offset = int.from_bytes(held, name)  # type: ignore[arg-type]
-        if offset + size > len(block):
-            # PIL gives up at the first tag that isn't whole.
-            return
-        yield tag, kind, values, size, offset
+    # PIL's `Opening` ends before that many.
+    table = block[at + length : at + length + min(entries, 65535) * step]
+    for tag, kind, count, held in struct.iter_unpack(order + entry, table[: len(table) // step * step]):
+        size = count * _TYPE_SIZES.get(kind, 0)
+        value = int.from_bytes(held[:size] if size <= inline else held, name)
+        yield _Tag(tag, kind, count, size if size > inline else 0, value, size <= inline or value + size <= len(block))
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -183,5 +192,7 @@ def _without_disposal(data: bytes, frame: int) -> bytes:
     """What an animation does with its first frame afterwards says nothing of the frame, but PIL makes two pictures of
     the frame's size for it as it opens the file, before anybody can ask for the size."""
     disposal = frame + 8 + 24
+    if data[disposal : disposal + 1] == b"\0":
+        return data
     control = data[frame + 4 : disposal] + b"\0" + data[disposal + 1 : frame + 8 + 26]
     return data[: frame + 4] + control + struct.pack(">I", zlib.crc32(control)) + data[frame + 8 + 26 + 4 :]
