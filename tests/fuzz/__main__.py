@@ -67,7 +67,7 @@ def _runs(args: argparse.Namespace, harness: Any, heading: str) -> int:
         order = schedule(names, args.seed, int(args.inputs * RUNS[name]))
         done.append(harness.run(name, order, args.seed, args.minutes, faults=name == "faults"))
         print(done[-1].markdown())
-        print("\n".join(f"internal: {line}" for line in done[-1].internal()), flush=True)
+        print("\n".join(done[-1].blamed()), flush=True)
         if args.report:
             args.report.write_text(page(heading, [run.markdown() for run in done]))
     failures = [failure for run in done for failure in run.failures()]

@@ -1,5 +1,6 @@
 """What a run has shown: counts, times, memory, what went wrong, as a table and as a list."""
 
+import re
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -26,14 +27,14 @@ INTERNAL = ("500", "INTERNAL", "UNKNOWN")
 @dataclass
 class OfKind:
     outcomes: Counter[str] = field(default_factory=Counter)
-    statuses: Counter[str] = field(default_factory=Counter)
+    internal: int = 0
     seconds: list[float] = field(default_factory=list)
     slowest: Ending | None = None
     late: int = 0
 
     def add(self, ending: Ending) -> None:
         self.outcomes[ending.outcome] += 1
-        self.statuses[ending.status] += 1
+        self.internal += ending.status in INTERNAL
         self.seconds.append(ending.seconds)
         if self.slowest is None or ending.seconds > self.slowest.seconds:
             self.slowest = ending
@@ -60,7 +61,9 @@ class Run:
     wrong: list[str] = field(default_factory=list)
     """What else fails the run, in words."""
     examples: dict[tuple[str, str], Ending] = field(default_factory=dict)
-    """Of each kind and outcome or status that should not be."""
+    """Of each kind and outcome that should not be."""
+    internal: dict[tuple[str, str], list[Ending]] = field(default_factory=dict)
+    """By kind and what was said."""
     attacked: float = float("inf")
     """When the first input was sent."""
 
@@ -76,9 +79,11 @@ class Run:
             return
         self._recent.append((ending.kind, ending.number))
         self.kinds[ending.kind].add(ending)
-        for reason in (ending.outcome, ending.status):
-            if reason in (LOST, SILENT, *INTERNAL):
-                self.examples.setdefault((ending.kind, reason), ending)
+        if ending.outcome in (LOST, SILENT):
+            self.examples.setdefault((ending.kind, ending.outcome), ending)
+        if ending.status in INTERNAL:
+            # One of each wording.
+            self.internal.setdefault((ending.kind, re.sub(r"\W+|\d+", " ", ending.detail)[:60]), []).append(ending)
         if KINDS[ending.kind].over_limit and ending.outcome == ANSWERED:
             self.examples.setdefault((ending.kind, "not refused"), ending)
 
@@ -137,16 +142,16 @@ class Run:
         return found
 
     def _example(self, kind: str, reason: str) -> str:
-        one = self.examples[kind, reason]
-        resend = _ids(self.seed, [(kind, one.number)])
+        return self._resend(self.examples[kind, reason])
+
+    def _resend(self, one: Ending) -> str:
+        resend = _ids(self.seed, [(one.kind, one.number)])
         return f"--again {resend} ({one.status} after {one.seconds:.1f} s) {one.detail[:120]!r}"
 
-    def internal(self) -> list[str]:
-        """Inputs that the server took for a mistake of its own."""
+    def blamed(self) -> list[str]:
+        """Inputs that the server took for a mistake of its own; no failure, as Triton itself says so of bad JSON."""
         return [
-            f"{kind}: {self.kinds[kind].statuses[reason]} {reason}, first {self._example(kind, reason)}"
-            for kind, reason in self.examples
-            if reason in INTERNAL
+            f"{kind}: {len(ones)} internal, first {self._resend(ones[0])}" for (kind, _), ones in self.internal.items()
         ]
 
     def markdown(self) -> str:
@@ -180,7 +185,7 @@ class Run:
                 name + (" \\*" if KINDS[name].over_limit else ""),
                 f"{kind.outcomes.total():,}",
                 *(f"{kind.outcomes[outcome]:,}" for outcome in OUTCOMES),
-                str(sum(kind.statuses[status] for status in INTERNAL)),
+                str(kind.internal),
                 *(_ms(kind.seconds, share) for share in (0.5, 0.99, 1)),
                 str(kind.slowest.number),
             )
