@@ -1,6 +1,7 @@
 # make        builds .venv          make test   all tests, the real server's included
 # make demo   the whole way, live   make lint   ruff, format check, mypy
 # make soak   proofs that take longer than CI allows
+# make fuzz   hostile inputs: SEED=1 INPUTS=100000, FUZZ for other options of `python -m fuzz`
 # make perf_analyzer   Triton's load generator, for florence2 bench
 # make screenshots     of the page, into docs/images
 
@@ -15,7 +16,7 @@ SOURCES := $(PACKAGES) export/to_onnx.py export/to_tensorrt.py model_repository 
 # saves gigabytes: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make
 TORCH := torch==2.13.0
 
-.PHONY: all demo test lint screenshots soak perf_analyzer clean
+.PHONY: all demo test lint screenshots soak fuzz perf_analyzer clean
 all: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -36,6 +37,13 @@ test: .venv/installed
 
 soak: .venv/installed
 	$(BIN)/pytest -m soak -s
+
+SEED := 1
+INPUTS := 100000
+FUZZ :=
+fuzz: .venv/installed
+	PYTHONPATH=tests:benchmarks:$$PYTHONPATH $(BIN)/python -m fuzz --seed $(SEED) --inputs $(INPUTS) \
+		--report benchmarks/fuzz.md $(FUZZ)
 
 screenshots: .venv/installed
 	mkdir -p docs/images
