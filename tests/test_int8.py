@@ -18,6 +18,7 @@ from onnx.parser import parse_model
 from onnxruntime import InferenceSession, SessionOptions
 from onnxscript import ir
 from tokenizers import Tokenizer
+
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
@@ -70,14 +71,16 @@ def by_hand(rows: F32, weight: F32, bias: F32) -> F32:
 @pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("extreme", [False, True])
 def test_a_product_has_no_error_but_rounding_to_steps(kind: str, extreme: bool) -> None:
-    """Where every pair of products is the largest that there is, kernels that add it up in 16 bits must not overflow."""
+    """Where every pair of products is the largest there is, kernels that add it up in 16 bits must not overflow."""
     rng = np.random.default_rng(0)
     rows, weight = rng.normal(size=(96, 512)).astype(np.float32), rng.normal(size=(512, 80)).astype(np.float32)
     if extreme:
         rows, weight = np.sign(rows), np.sign(weight)
         rows[0], weight[:, 0] = 1, 1
     bias = rng.normal(size=80).astype(np.float32)
-    np.testing.assert_allclose(run(product(kind, weight, bias), rows), by_hand(rows, weight, bias), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        run(product(kind, weight, bias), rows), by_hand(rows, weight, bias), rtol=1e-5, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)

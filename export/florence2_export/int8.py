@@ -65,8 +65,7 @@ def _quantize_rows(nodes: list[NodeProto], name: str) -> tuple[str, str]:
     """-> names of u8 [..., N] and of each row's largest absolute value, f32 [..., 1]."""
     # One pass less over the activation than with Abs.
     highest, lowest = (
-        _add(nodes, operator, (name, "int8.last_axis"), f"{name}.{operator}")
-        for operator in ("ReduceMax", "ReduceMin")
+        _add(nodes, operator, (name, "int8.last_axis"), f"{name}.{operator}") for operator in ("ReduceMax", "ReduceMin")
     )
     negated = _add(nodes, "Neg", (lowest,), f"{name}.negated")
     # A row of zeros is not divided by 0.
