@@ -496,6 +496,9 @@ def test_beam_search_refuses_what_no_vision_encoder_makes_and_answers_the_next(
         refused, good = run(model, [search_request(inputs), search_request(prepared[0])])
         assert code_and_message(refused) == ("INVALID_ARG", message)
         assert (good.tensors()["token_ids"] == expected.tensors()["token_ids"]).all()
+    for name in ("image_features", "input_ids"):
+        (refused,) = run(model, [search_request({key: value for key, value in prepared[0].items() if key != name})])
+        assert code_and_message(refused) == ("INVALID_ARG", f"{name} is missing")
     # The longest prompt there is room for.
     most = np.full(sizes.max_position_embeddings - sizes.image_tokens, 4)
     (longest,) = run(model, [search_request(prepared[0] | {"input_ids": most}, max_new_tokens=2)])

@@ -48,6 +48,9 @@ _HTTP_STATUS = {
 # gRPC answers in the server's place where it finds none.
 _GRPC_ALONE = re.compile(r"failed to connect|connection|socket|name resolution|DNS", re.IGNORECASE)
 
+# What Triton answers, as INTERNAL, to requests in a python model whose process has ended; another is on its way.
+_LOST = re.compile(r"Stub process .* is not healthy")
+
 # Given any, tritonclient leaves out its own, of which the first two are. gRPC would let a second and more go by before
 # it connects anew, and every try until then fails.
 _CHANNEL = {
@@ -233,6 +236,8 @@ class Connection:
         status = str(error.status() or "UNKNOWN").removeprefix("StatusCode.")
         status = _HTTP_STATUS.get(status, status)
         message = str(error.message())
+        if _LOST.search(message):
+            status = "UNAVAILABLE"
         reached = not _GRPC_ALONE.search(message)
         if is_over and reached and status == "UNAVAILABLE":
             message, status = OVER, "DEADLINE_EXCEEDED"

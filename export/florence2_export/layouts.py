@@ -108,7 +108,9 @@ def native_config(config: dict[str, Any], ids: dict[str, Any], file: str) -> Flo
 
 def _check_shapes(native: Florence2Config, file: str) -> None:
     """Raises CheckpointError for what the native class divides by, multiplies with or looks up in vain."""
-    text, vision = native.text_config, native.vision_config
+    # transformers types its sub-configs as dicts too.
+    text: Any = native.text_config
+    vision: Any = native.vision_config
     stages = {name: len(getattr(vision, name)) for name in _PER_STAGE}
     if len(set(stages.values())) != 1:
         raise CheckpointError(f"{file}: vision_config's lists differ in length: {stages}; one entry a stage")

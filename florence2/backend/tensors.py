@@ -49,15 +49,22 @@ def at_least(least: int, given: Mapping[str, str], name: str) -> int:
     return int(given[name])
 
 
-def views(request: Any) -> dict[str, NDArray[Any]]:
-    """The request's tensors by name, without the batch dimension, which is 1; optional ones that it leaves out are
-    missing. Their memory is the server's again when `execute` returns."""
-    return {tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()}
+class Inputs(dict[str, NDArray[Any]]):
+    """By name. Of a model that has optional inputs Triton only counts those that come."""
+
+    def __missing__(self, name: str) -> NDArray[Any]:
+        raise InvalidRequest(f"{name} is missing")
 
 
-def copies(tensors: Tensors) -> dict[str, NDArray[Any]]:
+def views(request: Any) -> Inputs:
+    """The request's tensors, without the batch dimension, which is 1; optional ones that it leaves out are missing.
+    Their memory is the server's again when `execute` returns."""
+    return Inputs({tensor.name(): tensor.as_numpy()[0] for tensor in request.inputs()})
+
+
+def copies(tensors: Tensors) -> Inputs:
     """What lasts."""
-    return {name: value.copy() for name, value in tensors.items()}
+    return Inputs({name: value.copy() for name, value in tensors.items()})
 
 
 @dataclass(frozen=True)
