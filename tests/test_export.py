@@ -19,7 +19,9 @@ import torch
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export
 from florence2_export.graphs import GRAPHS, Graph, VisionEncoder
+from florence2_export.javascript import ENCODER_MODEL
 from florence2_export.parity import Comparison, Parity, reference_features
+from florence2_export.precision import write_onnx
 from onnx import numpy_helper
 
 from florence2 import cli
@@ -227,11 +229,11 @@ def test_eight_bits_for_what_weights_are_multiplied_with(halved: dict[str, Path]
     for name in ("vision_encoder", "encoder", "decoder"):
         model = onnx.load(halved["int8"] / f"{name}.onnx")
         types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-        used = {kind: [] for kind in ("MatMulInteger", "MatMul", "Gemm", "Conv", "Gather")}
+        used = {kind: [] for kind in ("MatMulIntegerToFloat", "MatMul", "Gemm", "Conv", "Gather")}
         for node in model.graph.node:
             if node.op_type in used:
                 used[node.op_type] += [types[weight] for weight in node.input if weight in types]
-        assert onnx.TensorProto.INT8 in used["MatMulInteger"]
+        assert onnx.TensorProto.INT8 in used["MatMulIntegerToFloat"]
         assert used["MatMul"] == used["Gemm"] == []
         assert onnx.TensorProto.INT8 not in used["Conv"] + used["Gather"]
 
@@ -241,6 +243,45 @@ def test_no_graph_has_an_operator_that_cuda_lacks_in_its_opset(root: Path) -> No
     for graph in GRAPHS:
         model = onnx.load(root / "native-export" / f"{graph.name}.onnx", load_external_data=False)
         assert "Equal" not in {node.op_type for node in model.graph.node}
+
+
+def test_no_graph_cuts_at_a_place_that_it_computes(root: Path, halved: dict[str, Path]) -> None:
+    """On CUDA such a Slice returns its input whole (microsoft/onnxruntime#32083)."""
+    slices = 0
+    for folder in (root / "native-export", *halved.values()):
+        for graph in GRAPHS:
+            model = onnx.load(folder / f"{graph.name}.onnx", load_external_data=False)
+            known = {tensor.name for tensor in model.graph.initializer}
+            assert not model.functions
+            for node in model.graph.node:
+                assert node.op_type not in ("If", "Loop", "Scan")
+                if node.op_type == "Slice":
+                    slices += 1
+                    assert known.issuperset(node.input[1:])
+    assert slices
+
+
+def test_what_overflows_in_half_is_clamped_as_in_transformers(root: Path, tmp_path: Path) -> None:
+    model = make.random_model(seed=3)
+    layers = model.model.language_model.encoder.layers
+    assert len(layers) == 1
+    with torch.no_grad():
+        layers[0].final_layer_norm.weight[3] = 50_000
+    rng = np.random.default_rng(0)
+    embeds, mask = rng.normal(size=(2, 9, 16)).astype(np.float32), np.ones((2, 9), np.int64)
+    mask[1, 6:] = 0
+    signature = ENCODER_MODEL.signature(Manifest.read(root / "native-export").sizes)
+    write_onnx(ENCODER_MODEL.build(model, {}), signature, tmp_path / "encoder.onnx", "fp16", external_data=False)
+    feeds = {"attention_mask": mask, "inputs_embeds": embeds}
+    (found,) = session(tmp_path / "encoder.onnx", threads=1).run(None, feeds)
+    encoder = model.half().model.language_model.encoder
+    with torch.inference_mode():
+        expected = encoder(inputs_embeds=torch.tensor(embeds).half(), attention_mask=torch.tensor(mask))
+    wanted = expected.last_hidden_state.float().numpy()
+    clamped = np.abs(wanted) == 64512
+    assert clamped.sum() > 3
+    np.testing.assert_array_equal(found[clamped], wanted[clamped])
+    np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
 
 
 def test_another_precision_is_made_again(halved: dict[str, Path], tmp_path: Path, root: Path) -> None:

@@ -145,6 +145,10 @@ def encode(encoder: Any, embedded: Tensor, mask: Tensor) -> Tensor:
         attended = attention.out_proj(softmax_attention(query * attention.scaling, key, value, bias))
         hidden = layer.self_attn_layer_norm(hidden + attended)
         hidden = layer.final_layer_norm(hidden + layer.fc2(layer.activation_fn(layer.fc1(hidden))))
+        if hidden.dtype == torch.float16:
+            # BartEncoderLayer does so where anything in the batch has overflowed; here it is nobody else's business.
+            most = torch.finfo(hidden.dtype).max - 1000
+            hidden = hidden.clamp(-most, most)
     return hidden
 
 
