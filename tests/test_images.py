@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
-from florence2.errors import InvalidRequest
+from florence2.errors import InvalidRequest, Unavailable
+from florence2.heads import Opening
 from florence2.images import FORMATS, Limits, Resizer, decode
 
 # A busy machine is slow now and then.
@@ -379,10 +380,10 @@ def at_most(megabytes: float) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("size", "said"),
     [
-        ((20_000, 20_000), "too many pixels; 100 megapixels are allowed"),
-        ((60_000, 60_000), "too many pixels; 100 megapixels are allowed"),
-        ((13_000, 13_000), "13000 x 13000 pixels; 100 megapixels are allowed"),
-        ((10_001, 10_000), "10001 x 10000 pixels; 100 megapixels are allowed"),
+        ((20_000, 20_000), "too many pixels; 40 megapixels are allowed"),
+        ((60_000, 60_000), "too many pixels; 40 megapixels are allowed"),
+        ((13_000, 13_000), "13000 x 13000 pixels; 40 megapixels are allowed"),
+        ((10_001, 10_000), "10001 x 10000 pixels; 40 megapixels are allowed"),
     ],
 )
 def test_too_many_pixels_are_refused_unread(size: tuple[int, int], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +416,140 @@ def test_a_compressed_bomb_is_refused() -> None:
     bomb = png(9_000, 9_000, rows=bytes(9_000 * 3 + 1) * 9_000)
     assert len(bomb) < 1e6
     is_refused(bomb, Limits(megapixels=80), match="9000 x 9000 pixels; 80 megapixels are allowed")
+
+
+# Heads that would take PIL hours or gigabytes
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def tags(*entries: tuple[int, int, int, int]) -> bytes:
+    """A TIFF's head: (tag, type, count, value or offset)."""
+    written = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + written + bytes(4)
+
+
+def grey_tiff(*entries: tuple[int, int, int, int]) -> bytes:
+    return tags((256, 4, 1, 16), (257, 4, 1, 16), (258, 3, 1, 8), (262, 3, 1, 1), *entries).ljust(400, b"\0")
+
+
+OVERLAPPING = tags(*((1000 + number, 7, 9000, 0) for number in range(700))).ljust(9000, b"\0")
+JPEG_HEAD, PNG_HEAD = FILES["jpeg"][:2], FILES["png"][:33]
+PROFILE = chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1 << 20)))
+
+
+def with_scans(count: int) -> bytes:
+    data = encoded(scene(), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (count - data.count(b"\xff\xda")) + data[-2:]
+
+
+HOSTILE = {
+    "JPEG segments": (JPEG_HEAD + segment(0xFE, b"") * 10_000 + FILES["jpeg"][2:], "more than 10000 segments"),
+    "JPEG head": (JPEG_HEAD + segment(0xFE, bytes(65533)) * 250 + FILES["jpeg"][2:], "head is too long"),
+    "JPEG scans": (with_scans(51), "more than 50 scans"),
+    "JPEG tags": (JPEG_HEAD + segment(0xE1, b"Exif\0\0" + OVERLAPPING) + FILES["jpeg"][2:], "tags are too large"),
+    "JPEG tags in two": (
+        JPEG_HEAD
+        + segment(0xE1, b"Exif\0\0" + OVERLAPPING[:4000])
+        + segment(0xE1, b"Exif\0\0" + OVERLAPPING[4000:])
+        + FILES["jpeg"][2:],
+        "tags are too large",
+    ),
+    "MPO tags": (JPEG_HEAD + segment(0xE2, b"MPF\0" + OVERLAPPING) + FILES["jpeg"][2:], "tags are too large"),
+    "PNG chunks": (PNG_HEAD + chunk(b"abCd", b"") * 1001 + FILES["png"][33:], "too many chunks"),
+    "PNG chunks behind": (FILES["png"][:-12] + chunk(b"abCd", b"") * 1001 + FILES["png"][-12:], "too many chunks"),
+    "PNG profiles": (PNG_HEAD + PROFILE * 65 + FILES["png"][33:], "too many chunks"),
+    "PNG pixels": (PNG_HEAD + chunk(b"IDAT", b"") * 50_001 + FILES["png"][33:], "too many chunks"),
+    "GIF comment": (b"GIF89a" + bytes(7) + b"!\xfe" + b"\1a" * 6000 + b"\0", "head has too many parts"),
+    "TIFF tags": (OVERLAPPING, "tags are too large"),
+    "TIFF numbers": (grey_tiff((282, 5, 250_001, 0)) + bytes(2_100_000), "tags are too large"),
+    "TIFF strips": (grey_tiff((273, 1, 200_001, 0)) + bytes(200_001), "200001 strips or tiles"),
+    "TIFF tile": (grey_tiff((322, 4, 1, 5000), (323, 4, 1, 5000)), "tiles are too large"),
+    "TIFF tile of another type": (grey_tiff((322, 16, 1, 0), (323, 4, 1, 1)), "tiles are too large"),
+    "TIFF tile behind damage": (
+        grey_tiff((300, 7, 10**7, 0), (322, 4, 1, 5000), (323, 4, 1, 5000)),
+        "tiles are too large",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_heads_that_ask_for_too_much_are_refused(name: str) -> None:
+    data, said = HOSTILE[name]
+    with at_most(25):
+        is_refused(data, match=said)
+
+
+def test_scans_at_the_limit_pass() -> None:
+    data = with_scans(50)
+    np.testing.assert_array_equal(np.asarray(decode(data)), as_pil_reads(data))
+
+
+def test_an_animations_disposal_makes_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [noise(40, 30, seed) for seed in range(3)]
+    data = encoded(frames[0], "PNG", save_all=True, append_images=frames[1:], disposal=1)
+
+    def fill(*_: Any) -> None:
+        raise AssertionError("a picture was made")
+
+    monkeypatch.setattr(Image.core, "fill", fill)
+    with pytest.raises(AssertionError, match="was made"):
+        Image.open(io.BytesIO(data))
+    np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(frames[0]))
+
+
+def test_a_wide_picture_is_read_in_few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PIL copies all that it has for every step."""
+    reads: list[int] = []
+    read = Opening.read
+    monkeypatch.setattr(Opening, "read", lambda file, size=-1: [reads.append(size), read(file, size)][1])
+    assert decode(encoded(Image.new("RGB", (1_000_000, 1)), "BMP")).size == (1_000_000, 1)
+    assert len(reads) < 25
+
+
+# Several at once
+
+
+def test_room_is_entered_once_the_limits_are_kept_and_left_with_the_picture() -> None:
+    entered: list[str] = []
+
+    @contextmanager
+    def room(megapixels: float) -> Iterator[None]:
+        entered.append(f"{megapixels} in")
+        yield
+        entered.append("out")
+
+    decode(FILES["jpeg"], room=room)
+    assert entered == ["0.0035 in", "out"]
+    with pytest.raises(InvalidRequest):
+        decode(FILES["jpeg"], Limits(megapixels=0.003), room=room)
+    assert entered == ["0.0035 in", "out"]
+
+
+def test_what_room_raises_is_passed_on() -> None:
+    @contextmanager
+    def room(_: float) -> Iterator[None]:
+        raise Unavailable("too many pictures")
+        yield
+
+    with pytest.raises(Unavailable, match="too many pictures"):
+        decode(FILES["jpeg"], room=room)
+
+
+def test_the_processs_warnings_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filters(*_: Any, **__: Any) -> None:
+        raise AssertionError("filters were changed")
+
+    for name in ("catch_warnings", "simplefilter", "filterwarnings"):
+        monkeypatch.setattr(f"warnings.{name}", filters)
+    assert decode(FILES["jpeg"]).size == (70, 50)
 
 
 # Anything at all

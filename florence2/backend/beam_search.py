@@ -20,6 +20,7 @@ from florence2.backend.tensors import (
     views,
 )
 from florence2.faults import end_process
+from florence2.fields import check_tokens
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request, check_tensors
@@ -38,7 +39,9 @@ class TritonPythonModel:
         self.name = f"{args['model_name']} {args['model_version']}"
         self.sizes = ModelSettings.read(folder).sizes
         positions = self.sizes.max_position_embeddings
-        settings = GenerationSettings.from_config(read_json(folder / "generation_config.json"), positions)
+        config = read_json(folder / "generation_config.json")
+        settings = GenerationSettings.from_config(config, positions)
+        check_tokens(config, self.sizes.vocab_size, "generation_config.json: ")
         self.settings = settings.within(at_least(1, given, "max_beams"), at_least(0, given, "max_new_tokens"))
         self.timeout = float(given["timeout_seconds"])
         self.engine = self._engine(folder, given)

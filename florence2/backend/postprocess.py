@@ -9,13 +9,13 @@ import json
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from florence2.answers import AnswerParser, Detokenizer
 from florence2.backend.tensors import Tensors, copies, response, version_folder, views
 from florence2.errors import InvalidRequest
 from florence2.manifest import ModelSettings
 from florence2.prompts import parse, read_prompt
+from florence2.tokenizer import read_tokenizer
 
 HANDED_ON = ("token_ids", "token_logprobs", "sequence_score", "finish_reason")
 LARGEST_SIDE = 2**31
@@ -27,7 +27,7 @@ class TritonPythonModel:
         folder = version_folder(args)
         settings = ModelSettings.read(folder)
         self.sizes = settings.sizes
-        self.detokenize = Detokenizer(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        self.detokenize = Detokenizer(read_tokenizer(folder / "tokenizer.json"))
         self.parser = AnswerParser(settings.banned_grounding_phrases, self.sizes.location_bins)
 
     def execute(self, requests: Any) -> list[Any]:

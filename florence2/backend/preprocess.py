@@ -7,7 +7,6 @@ from threading import Condition
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from florence2.backend.admission import Admission
 from florence2.backend.figures import WORKER_COUNTERS
@@ -19,6 +18,7 @@ from florence2.generation.sessions import available_cores
 from florence2.images import Limits, Resizer, check_bytes, decode, quiet_pil
 from florence2.manifest import ModelSettings, read_json
 from florence2.prompts import PromptEncoder, read_prompt
+from florence2.tokenizer import read_tokenizer
 
 
 class TritonPythonModel:
@@ -28,7 +28,7 @@ class TritonPythonModel:
         self.limits = Limits(float(given["max_megapixels"]), float(given["max_megabytes"]))
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
         self.sizes = ModelSettings.read(folder).sizes
-        self.prompts = PromptEncoder(Tokenizer.from_file(str(folder / "tokenizer.json")), self.sizes)
+        self.prompts = PromptEncoder(read_tokenizer(folder / "tokenizer.json"), self.sizes)
         self.budget = Budget(float(given["megapixels_at_once"]))
         self.numbers = itertools.count(1)
         occupancy = Occupancy(PREPROCESS)
