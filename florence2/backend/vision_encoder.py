@@ -45,7 +45,7 @@ class TritonPythonModel:
         # Triton looks into its response cache when a request arrives: without this, several tasks on one picture that
         # arrive while the first of them is computed would each be computed.
         pixels = tensors["pixels"]
-        key = hashlib.sha256(pixels).digest()
+        key = hashlib.sha256(pixels.data).digest()
         with self.lock:
             features = self.recent.get(key)
             if found := features is not None:

@@ -1,0 +1,123 @@
+"""What a probe is told, and what the watchdog does, with a server that only says what a test says."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from florence2_release import health as health_module
+from florence2_release import processes
+from florence2_release.health import Health
+from florence2_release.watchdog import Watchdog
+
+PINS = {"preprocess": 1, "vision_encoder": 1, "beam_search": 2, "postprocess": 1}
+STEPS = [{"model_name": model, "model_version": str(version)} for model, version in PINS.items()]
+
+
+class Server:
+    """Everything there, until a test takes something away."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, repository: Path) -> None:
+        self.repository, self.http_url, self.alive, self.killed = repository, "http://nowhere", True, False
+        self.ready: set[tuple[str, int]] = {("florence2", 2), *PINS.items()}
+        self.lost: set[tuple[str, int]] = set()
+        monkeypatch.setattr(processes, "ready", lambda server: self.found())
+        monkeypatch.setattr(processes, "incomplete", lambda server, versions: self.lost & versions)
+        monkeypatch.setattr(
+            processes, "config", lambda server, model, version: {"ensemble_scheduling": {"step": STEPS}}
+        )
+        monkeypatch.setattr(health_module, "Repository", lambda folder: SimpleNamespace(names=lambda: ["florence2"]))
+        monkeypatch.setattr(health_module, "FRESH", -1)
+
+    def found(self) -> set[tuple[str, int]]:
+        if not self.ready:
+            raise TimeoutError("timed out")
+        return set(self.ready)
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
+    return Server(monkeypatch, tmp_path)
+
+
+def test_ready_is_everything_there(server: Server) -> None:
+    health: Any = Health(server)  # type: ignore[arg-type]
+    assert health.trouble() == ""
+    # A release that is looked at, or one that is kept, is nobody's business.
+    server.lost = {("beam_search", 1)}
+    assert health.trouble() == ""
+    server.lost = {("beam_search", 2)}
+    assert health.trouble() == "beam_search 2 has lost its process"
+    server.lost = set()
+    server.ready -= {("vision_encoder", 1)}
+    assert health.trouble() == "vision_encoder 1 is not ready"
+    server.ready |= {("vision_encoder", 1)}
+    server.ready -= {("florence2", 2)}
+    assert health.trouble() == "florence2 is not ready"
+    server.ready = set()
+    assert health.trouble() == "the server does not answer: TimeoutError('timed out')"
+    server.alive = False
+    assert health.trouble() == "the server is being started"
+
+
+def test_a_server_that_is_told_to_stop_is_ready_no_more(server: Server) -> None:
+    health: Any = Health(server)  # type: ignore[arg-type]
+    health.is_draining = True
+    assert health.trouble() == "the server is stopping"
+
+
+def test_a_look_is_good_for_a_while(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health_module, "FRESH", 1000)
+    health: Any = Health(server)  # type: ignore[arg-type]
+    assert health.trouble() == ""
+    server.alive = False
+    assert health.trouble() == ""
+
+
+def test_where_a_model_cannot_be_loaded_alone_the_server_ends(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository that can't be written: what Triton loads again is what has changed."""
+    said: list[str] = []
+    watchdog: Any = Watchdog(server, said.append)  # type: ignore[arg-type]
+    server.lost = {("beam_search", 2)}
+
+    def read_only(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", read_only)
+    watchdog._look()
+    # It may have been on its way.
+    assert not server.killed
+    watchdog._look()
+    assert server.killed
+    assert said == [
+        "beam_search 2 had lost its process, and can't be loaded alone ([Errno 30] Read-only file system): the server "
+        "ends"
+    ]
+
+
+@pytest.mark.parametrize("error", [KeyError("backend"), RuntimeError("anything"), ConnectionResetError()])
+def test_the_watchdog_outlives_whatever_happens(
+    server: Server, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr("florence2_release.watchdog.EVERY", 0.001)
+    looks: list[int] = []
+    said: list[str] = []
+
+    def look(_: Any) -> set[tuple[str, int]]:
+        looks.append(1)
+        raise error
+
+    monkeypatch.setattr(processes, "ready", look)
+    watchdog = Watchdog(server, said.append)  # type: ignore[arg-type]
+    watchdog.start()
+    while len(looks) < 3:
+        pass
+    watchdog.stop()
+    assert said[0] == f"the models' processes could not be looked after: {error!r}"
