@@ -282,41 +282,31 @@ def test_no_output_of_the_ensemble_is_read_by_a_step() -> None:
     assert not config.HasField("response_cache")
 
 
-def test_what_the_response_cache_keeps_does_not_depend_on_when_it_was_asked(export: Path, tmp_path: Path) -> None:
+def test_the_response_cache_is_what_the_start_says(export: Path, tmp_path: Path) -> None:
     install(export, tmp_path / "models")
-    install(export, tmp_path / "models", name="stamps")
     repository = Repository(tmp_path / "models")
 
-    def arrival() -> dict[str, dict[str, set[str]]]:
-        return {
-            name: {
-                step.model_name: {*step.input_map, *step.output_map} & {"arrival"}
-                for step in configs.parsed(repository.folder / name / "config.pbtxt").ensemble_scheduling.step
-            }
-            for name in ("florence2", "stamps")
-        }
+    def cached() -> tuple[list[str], str]:
+        """Models that have one, and what preprocess is told."""
+        found = {model: config(repository.folder, model) for model in FILES}
+        told = found["preprocess"].parameters["response_cache"].string_value
+        return [model for model, one in found.items() if one.response_cache.enable], told
 
-    nowhere = {model: set[str]() for model in FILES}
-    wired = nowhere | {model: {"arrival"} for model in ("preprocess", "vision_encoder", "beam_search")}
-    assert arrival() == {"florence2": wired, "stamps": wired}
+    assert cached() == ([], "false")
     repository.tidy(response_cache=True)
     assert repository.response_cache
-    assert arrival() == {"florence2": nowhere, "stamps": nowhere}
-    cached = {
-        model: configs.parsed(repository.folder / model / "config.pbtxt").response_cache.enable for model in FILES
-    }
-    assert cached == {"preprocess": False, "vision_encoder": True, "beam_search": True, "postprocess": True}
-    # A release while it is served stays as it is.
+    assert cached() == (["vision_encoder", "beam_search"], "true")
+    # A release while it is served leaves it as it is.
     install(export, repository.folder)
-    assert arrival() == {"florence2": nowhere, "stamps": nowhere}
+    assert cached() == (["vision_encoder", "beam_search"], "true")
     repository.tidy()
     assert not repository.response_cache
-    assert arrival() == {"florence2": wired, "stamps": wired}
-    # What Triton's own backends run takes no time of arrival.
+    assert cached() == ([], "false")
+    # Of what Triton's own backends run nothing is cached, and no time of arrival is told.
     repository.tidy("cuda", response_cache=True)
-    assert arrival()["florence2"] == nowhere
-    repository.tidy()
-    assert arrival()["florence2"] == nowhere | {model: {"arrival"} for model in ("preprocess", "beam_search")}
+    assert cached() == (["beam_search"], "true")
+    steps = configs.parsed(repository.folder / "florence2" / "config.pbtxt").ensemble_scheduling.step
+    assert {step.model_name for step in steps if "arrival" in step.input_map} == {"beam_search"}
 
 
 def test_installed_configs_keep_the_comments(export: Path, tmp_path: Path) -> None:

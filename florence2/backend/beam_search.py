@@ -70,7 +70,7 @@ class TritonPythonModel:
     def execute(self, requests: Any) -> None:
         """Never waits; the engine's thread answers."""
         for request in requests:
-            responder = Responder(request, self.metrics.failed)
+            responder = Responder(request, self.failed)
             self.occupancy.came()
             try:
                 self.engine.submit(self.accept(request, responder))
@@ -98,6 +98,10 @@ class TritonPythonModel:
             deadline=arrival.deadline(request, self.timeout),
             is_cancelled=responder.is_cancelled,
         )
+
+    def failed(self, error: Exception) -> None:
+        self.metrics.failed(error)
+        self.occupancy.failed()
 
     def tell(self) -> None:
         scheduler = self.engine.scheduler

@@ -29,6 +29,7 @@ _ROW = np.dtype(
         ("free", np.int64),
         ("answered", np.int64),
         ("came", np.int64),
+        ("failed", np.int64),
     ]
 )
 LOOKED_AT = 0.5
@@ -64,6 +65,10 @@ class Occupancy:
     def answered(self) -> None:
         """Another request."""
         self._own["answered"] += 1
+
+    def failed(self) -> None:
+        """A request was answered with an error, or is about to be."""
+        self._own["failed"] = time.monotonic_ns()
 
     def close(self) -> None:
         self._own["process"] = 0

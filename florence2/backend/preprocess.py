@@ -30,8 +30,9 @@ class TritonPythonModel:
         self.sizes = ModelSettings.read(folder).sizes
         self.prompts = PromptEncoder(read_tokenizer(folder / "tokenizer.json"), self.sizes)
         self.budget = Budget(float(given["megapixels_at_once"]))
-        self.numbers = itertools.count(1)
-        occupancy = Occupancy(PREPROCESS)
+        self.numbers, self.last_error = itertools.count(1), 0
+        self.is_cached = given["response_cache"] == "true"
+        self.occupancy = occupancy = Occupancy(PREPROCESS)
         self.admission = Admission(occupancy)
         at_once = at_least(0, given, "at_once") or available_cores()
         self.worker = Worker(self.answer, given, Metrics(args, WORKER_COUNTERS, {}), occupancy, at_once, self.check)
@@ -53,8 +54,16 @@ class TritonPythonModel:
             "pixels": self.resizer(image),
             "input_ids": input_ids,
             "image_size": np.array(image.size),
-            ARRIVAL: np.array([arrival.nanoseconds, next(self.numbers)]),
+            ARRIVAL: self.handed_on(arrival),
         }
+
+    def handed_on(self, arrival: Arrival) -> np.ndarray:
+        if not self.is_cached:
+            return np.array([arrival.nanoseconds, next(self.numbers)])
+        rows = self.occupancy.read()
+        # Never an earlier one again, though the process that told it has ended.
+        self.last_error = max(self.last_error, *rows["failed"][rows["model"] != PREPROCESS].tolist(), 0)
+        return np.array([0, self.last_error])
 
     def finalize(self) -> None:
         self.worker.stop()

@@ -17,7 +17,9 @@ Tensors = Mapping[str, NDArray[Any]]
 
 ARRIVAL = "arrival"
 """The tensor, INT64 [2], that preprocess hands on: when the request came, in nanoseconds of CLOCK_MONOTONIC, which all
-processes of a machine share, and its number there."""
+processes of a machine share, and its number there. With a response cache, whose answers must not depend on that: 0, and
+when a model last answered with an error, because Triton (24.10) keeps errors like answers, and gives them as answers
+without a tensor."""
 
 # What a failure is counted as, and by what name Triton knows it: the stub fills its module in only after this one is
 # imported.
@@ -81,6 +83,8 @@ class Arrival:
         if ARRIVAL not in tensors:
             return cls(now, 0)
         nanoseconds, number = tensors[ARRIVAL].tolist()
+        if not nanoseconds:
+            return cls(now, 0)
         # Nobody comes from the future, and what is long past must not leave the range of a float's whole numbers.
         return cls(min(max(nanoseconds, 0), now), number)
 

@@ -66,7 +66,7 @@ class Worker:
 
     def submit(self, request: Any) -> None:
         """Never waits. What there is no room for is answered UNAVAILABLE."""
-        responder = Responder(request, self._metrics.failed)
+        responder = Responder(request, self._failed)
         try:
             tensors = views(request)
             arrival = Arrival.of(tensors)
@@ -80,6 +80,10 @@ class Worker:
             self._waiting.append(item)
             self._hold(1, item.bytes)
             self._changed.notify()
+
+    def _failed(self, error: Exception) -> None:
+        self._metrics.failed(error)
+        self._occupancy.failed()
 
     def _admit(self, tensors: Tensors, deadline: float) -> None:
         if len(self._waiting) >= self._most:

@@ -202,7 +202,7 @@ def _hits(server: "TritonServer") -> str:
     except (OSError, http.client.HTTPException, ValueError) as error:
         return f"the response cache's figures can't be read: {error}"
     lines = []
-    for name in ("postprocess", "beam_search", "vision_encoder"):
+    for name in ("beam_search", "vision_encoder"):
         found = [model["inference_stats"] for model in models if model["name"] == name]
         hits, misses = (sum(stats[f"cache_{kind}"]["count"] for stats in found) for kind in ("hit", "miss"))
         lines.append(f"{name} {hits} of {hits + misses} requests")

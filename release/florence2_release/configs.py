@@ -20,10 +20,12 @@ CPU = "cpu"
 _PROFILE = "profile"
 """The parameter that tells which profile a config is of."""
 _ENGINE_CACHE = "tensorrt_cache"
-CACHED = ("vision_encoder", "beam_search", "postprocess")
+CACHED = ("vision_encoder", "beam_search")
 """Models that the response cache is for, where they are python models: Triton caches tensors in CPU memory only. Not
 the ensemble, of which it would keep what the first of equal requests named; a step's outputs are always all asked for.
-Not preprocess: its pixels are the largest of all, and not what takes time."""
+Not preprocess, whose pixels are the largest of all, and not postprocess, which takes no longer than the cache."""
+_CACHE_TOLD = "response_cache"
+"""The parameter of preprocess that says that there is one."""
 
 
 def settle(
@@ -40,7 +42,7 @@ def settle(
     Of a profile that this package ships, what was set in config.pbtxt stays, as far as it is a parameter that ships, or
     the instances; while another profile holds, it waits in configs/. A profile of somebody's own is configs/NAME.pbtxt
     as it stands when it is named; nothing is written there."""
-    path = model / FILE_NAME
+    path, told = model / FILE_NAME, response_cache is not None
     before = parsed(path) if path.is_file() else None
     current = profile_of(before) if before else CPU
     wanted = (profile if _has(model, profile) else CPU) if profile else current
@@ -71,6 +73,10 @@ def settle(
         config.parameters[_PROFILE].string_value = wanted
     config.version_policy.specific.versions[:] = versions
     config.ClearField("response_cache")
+    if _CACHE_TOLD in config.parameters:
+        if before is not None and _CACHE_TOLD in before.parameters and not told:
+            response_cache = before.parameters[_CACHE_TOLD].string_value == "true"
+        config.parameters[_CACHE_TOLD].string_value = str(bool(response_cache)).lower()
     if response_cache and model.name in CACHED and config.backend == "python":
         config.response_cache.enable = True
     if engine_cache:

@@ -441,15 +441,10 @@ class Repository:
         config = configs.parsed(source)
         config.name = name
         config.version_policy.specific.versions[:] = [number]
-        steps = config.ensemble_scheduling.step
-        for step in steps:
+        for step in config.ensemble_scheduling.step:
             step.model_version = models[step.model_name]
             if not self._takes_arrival(step.model_name):
                 step.input_map.pop(ARRIVAL, None)
-        if not any(ARRIVAL in step.input_map for step in steps):
-            # Triton refuses tensors that nobody reads.
-            for step in steps:
-                step.output_map.pop(ARRIVAL, None)
         version = self.folder / name / str(number)
         version.mkdir(parents=True, exist_ok=True)
         if not (version / "release.txt").is_file():
@@ -460,9 +455,9 @@ class Repository:
             configs.write(path, config, source)
 
     def _takes_arrival(self, model: str) -> bool:
-        """Not what Triton's own backends run; and a cached answer is found by all inputs of a step."""
+        """Not what Triton's own backends run."""
         config = self.config(model)
-        return bool(config and not config.response_cache.enable and any(one.name == ARRIVAL for one in config.input))
+        return config is not None and any(one.name == ARRIVAL for one in config.input)
 
 
 def install(
