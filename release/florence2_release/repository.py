@@ -500,7 +500,11 @@ def _is_ours(folder: Path) -> bool:
         return {step.model_name for step in configs.parsed(folder / configs.FILE_NAME).ensemble_scheduling.step} == set(
             FILES
         )
-    return folder.is_dir() and all((entry / "release.txt").is_file() for entry in folder.iterdir())
+    if not folder.is_dir():
+        return False
+    # Version folders, as far as the kill let them come.
+    known = {"release.txt", ".release.txt.part"}
+    return all(entry.is_dir() and {path.name for path in entry.iterdir()} <= known for entry in folder.iterdir())
 
 
 def _versions(given: Collection[int] | int) -> Collection[int]:
