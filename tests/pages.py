@@ -37,7 +37,7 @@ _ASKING = {
 """Commands that ask a server at Triton's own ports, with what these are by default."""
 _TOOLS = {"curl": "curl", "node": "node", "florence2 bench run": "perf_analyzer"}
 """What code with these words needs."""
-_PORTS = {"HTTP": 8000, "gRPC": 8001, "metrics": 8002}
+_PORTS = {"HTTP": 8000, "gRPC": 8001, "metrics": 8002, "health": 8003}
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,8 @@ class Room:
     def _environment(self) -> dict[str, str]:
         """With this environment's programs first, and the folder as the home."""
         programs = [str(Path(sys.executable).parent), str(ROOT / "var" / "perf_analyzer"), os.environ["PATH"]]
-        urls = {
-            name: f"http://localhost:{self.ports[port]}" for name, port in (("URL", "HTTP"), ("METRICS", "metrics"))
-        }
+        named = {"URL": "HTTP", "METRICS": "metrics", "HEALTH": "health"}
+        urls = {name: f"http://localhost:{self.ports[port]}" for name, port in named.items()}
         ours = {f"FLORENCE2_{name}": url for name, url in urls.items()}
         return os.environ | ours | {"PATH": os.pathsep.join(programs), "HOME": str(self.folder)}
 
@@ -158,7 +157,11 @@ class Room:
             assert Repository(self.folder / args.repository).profile == args.profile
             yield
             return
-        free = ["--port=0"] if arguments[0] == "ui" else [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
+        free = (
+            ["--port=0"]
+            if arguments[0] == "ui"
+            else [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "health")]
+        )
         command = [sys.executable, "-m", "florence2.cli", *arguments, *free]
         with subprocess.Popen(
             command, cwd=self.folder, env=self._environment(), stdout=subprocess.PIPE, text=True

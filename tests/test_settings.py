@@ -177,9 +177,9 @@ def test_the_ends_of_each_range_are_allowed(edge: dict[str, Any]) -> None:
     [
         ({"num_beams": 0}, "num_beams must be from 1 to 8, not 0"),
         ({"num_beams": 9}, "num_beams must be from 1 to 8, not 9"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be from 1 to 63 for this model, not 0"),
-        ({"max_new_tokens": 64}, "max_new_tokens must be from 1 to 63 for this model, not 64"),
-        ({"max_new_tokens": -2}, "max_new_tokens must be from 1 to 63 for this model, not -2"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be from 1 to 63 here, not 0"),
+        ({"max_new_tokens": 64}, "max_new_tokens must be from 1 to 63 here, not 64"),
+        ({"max_new_tokens": -2}, "max_new_tokens must be from 1 to 63 here, not -2"),
         ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be 0 or more, not -1"),
         ({"length_penalty": float("nan")}, "length_penalty must be a finite number, not nan"),
         ({"length_penalty": float("inf")}, "length_penalty must be a finite number, not inf"),
