@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
+from florence2_release.health import Health, serve_health
 from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.repository import install
 from pages import LANGUAGES, PAGES, Block, Room, blocks, text
@@ -80,8 +81,17 @@ def ports(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         find_tritonserver()
     except ServerError as error:
         pytest.skip(str(error))
-    with serve(demo_export, tmp_path_factory.mktemp("docs")) as server:
-        yield {"HTTP": server.http_port, "gRPC": server.grpc_port, "metrics": server.metrics_port}
+    with (
+        serve(demo_export, tmp_path_factory.mktemp("docs")) as server,
+        serve_health(Health(server), "127.0.0.1", 0) as endpoint,
+    ):
+        yield {
+            "HTTP": server.http_port,
+            "gRPC": server.grpc_port,
+            "metrics": server.metrics_port,
+            "health": endpoint.server_port,
+        }
+        endpoint.shutdown()
 
 
 @pytest.fixture(scope="module")
