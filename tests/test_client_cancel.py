@@ -297,4 +297,5 @@ print(asked.cancel(), flush=True)
         time.sleep(0.2)
         server.answer("OK")
         assert (child.wait(HANGS), child.stderr.read()) == (0, "")
+    wait_until(lambda: server.ended)
     assert server.ended == ["OK"]
