@@ -274,7 +274,6 @@ def test_a_request_goes_on_when_its_thread_is_interrupted(server: Server, grace:
     assert server.ended == ["OK"]
 
 
-@pytest.mark.xfail(strict=False, reason="seen to fail: what a process that ends does to its last request is open")
 def test_a_request_goes_on_when_its_process_ends(server: Server) -> None:
     code = f"""
 import sys

@@ -259,6 +259,8 @@ class Florence2Client(Tasks[Answer, Text, Instances, CaptionedInstances]):
         self.url, self.model, self.timeout = self._asking.url, self._asking.model, self._asking.timeout
         # For those that nobody closes.
         self._end = weakref.finalize(self, _close_later, self._asking, self._process)
+        # At the process's end `_close_all` closes it, and waits; this would come first, and not wait.
+        self._end.atexit = False
         _clients.add(self)
 
     def __enter__(self) -> "Florence2Client":
