@@ -1,6 +1,7 @@
 """What the tests of hostile checkpoints and exports share."""
 
 import contextlib
+import copy
 import json
 import os
 import time
@@ -69,7 +70,8 @@ def mutated(draw: st.DrawFn, text: str) -> str:
     for _ in range(draw(st.integers(1, 3))):
         parent, key = draw(st.sampled_from(_places(content)))
         if draw(st.booleans()) or not isinstance(parent, dict):
-            parent[key] = draw(JSON)
+            # A copy: what stands in ODD is everybody's, and could be put into itself.
+            parent[key] = copy.deepcopy(draw(JSON))
         else:
             parent.pop(key)
     return json.dumps(content)

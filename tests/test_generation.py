@@ -22,7 +22,7 @@ from transformers import Florence2ForConditionalGeneration, GenerationConfig
 
 import florence2.generation.engine as engine_module
 import florence2.generation.runner as runner_module
-from florence2.errors import Cancelled, Unavailable
+from florence2.errors import Cancelled, TimeIsOver, Unavailable
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Candidates, Engine, Runner
 from florence2.generation.memory import Cache
@@ -364,7 +364,7 @@ class Traffic:
         ((then, answer),) = visit.answers
         self.outcomes[type(answer).__name__] += 1
         if then >= visit.deadline:
-            assert isinstance(answer, Unavailable)
+            assert isinstance(answer, TimeIsOver)
         elif then >= visit.leaves:
             assert isinstance(answer, Cancelled)
         elif isinstance(answer, (RuntimeError, MemoryError)):
@@ -411,7 +411,7 @@ def test_random_traffic_equals_transformers(traffic: Traffic, monkeypatch: pytes
     traffic.run(requests=400)
     assert min(len(past), len(cross)) > 5
     assert traffic.outcomes["Generation"] > 300
-    assert min(traffic.outcomes[name] for name in ("Cancelled", "Unavailable", "refused")) > 0
+    assert min(traffic.outcomes[name] for name in ("Cancelled", "TimeIsOver", "refused")) > 0
     assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._rows) == ([], {}, {})
 
 
@@ -483,7 +483,8 @@ def note_shapes(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("seed", range(8, 11))
 def test_what_fails_hurts_nobody_later(traffic: Traffic, monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs that fail, and memory that runs out while caches change shape: after every such step all others' answers
-    are still transformers'."""
+    are still transformers'. Three in a row would end the engine."""
+    monkeypatch.setattr(engine_module.Faults, "failed", lambda *_: False)
     choose = random.Random(0)
 
     def sometimes(function: Any, error: Exception, share: float = 0.05) -> Any:
@@ -641,7 +642,8 @@ def test_never_waits_while_a_longer_answer_could_win(
 @pytest.mark.parametrize("length_penalty", [1e3, -1e3, 1e300, -1e300])
 def test_absurd_length_penalties_still_answer(num_beams: int, length_penalty: float) -> None:
     """HF raises OverflowError for some of these."""
-    found = answer(FORK, num_beams=num_beams, length_penalty=length_penalty, max_new_tokens=6)
+    settings = settings_of(num_beams=num_beams, max_new_tokens=6).override(length_penalty=length_penalty)
+    found = generate(Table(FORK), np.zeros((1, 1), np.float32), np.zeros(1, np.int64), settings)
     assert found.token_ids[0] == 2
     assert len(found.token_ids) == len(found.token_logprobs) + 1
     assert not np.isnan(found.sequence_score)

@@ -114,7 +114,7 @@ class GraphRunner:
 
     def decode(self, requests: Sequence[Request]) -> list[tuple[Ids, NDArray[np.float32]]]:
         """One step of all of them -> per request candidate ids and log-probabilities [num_beams, C], best first."""
-        if not self._cross_columns:
+        if any(request not in self._slots for request in requests):
             raise MemoryError("what cross-attention reads was lost: memory ran out while another request joined")
         if 2 * len(self._slots) <= self._slots_used:
             self._reshape_cross(self._cross_columns)
@@ -197,11 +197,11 @@ class GraphRunner:
 
     def _reshape_cross(self, columns: int) -> None:
         """To other columns, and without gaps between the slots in use."""
-        kept = np.array(list(self._slots.values()), np.int64)
-        self._cross_columns = 0
+        slots, self._slots, self._cross_columns = self._slots, {}, 0
+        # Until all have changed, nobody has a slot: if memory runs out half-way, the next ones start afresh.
         for cache in self._cross.values():
-            cache.reshape(kept, columns)
-        self._slots = {request: slot for slot, request in enumerate(self._slots)}
+            cache.reshape(np.array(list(slots.values()), np.int64), columns)
+        self._slots = {request: slot for slot, request in enumerate(slots)}
         self._cross_columns = columns
 
     def _step(self, feeds: Mapping[str, Ids]) -> "Step":
