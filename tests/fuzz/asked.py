@@ -232,7 +232,7 @@ def direct_vision_encoder(rng: Random) -> Input:
     shape = rng.choice(
         ((SIDE, SIDE, 3), (SIDE, SIDE, 3), (rng.choice(sides), rng.choice(sides), 3), (SIDE, SIDE, rng.randint(0, 4)))
     )
-    return _direct(rng, "vision_encoder", [_noise(rng, "pixels", shape, np.uint8)])
+    return _direct(rng, "vision_encoder", [_noise(rng, "pixels", shape, np.uint8), *_arrival(rng)])
 
 
 def direct_beam_search(rng: Random) -> Input:
@@ -243,7 +243,22 @@ def direct_beam_search(rng: Random) -> Input:
     settings = any_settings(rng)
     if rng.random() < 0.9:
         settings["max_new_tokens"] = rng.choice((1, 2, 5))
-    return _direct(rng, "beam_search", [features, ids, *_values(settings)])
+    return _direct(rng, "beam_search", [features, ids, *_arrival(rng), *_values(settings)])
+
+
+def _arrival(rng: Random) -> list[Tensor]:
+    """None, or one that no preprocess tells."""
+    if rng.random() < 0.5:
+        return []
+    odd = (0, 1, -1, 10**9, 10**15, 2**62, 2**63 - 1, -(2**63), rng.randrange(2**63))
+    return [array("arrival", np.array([[rng.choice(odd), rng.choice(odd)]]))]
+
+
+def _rest(rng: Random) -> list[Tensor]:
+    """What postprocess hands through."""
+    score = rng.choice((0.0, -1.5, -1.5, 1e30, float("nan"), float("-inf")))
+    reason = rng.choice((b"stop", b"stop", b"length", b"length", b"", b"\xff", b"stop" * 20_000))
+    return [array("sequence_score", np.array([[score]], np.float32)), text("finish_reason", reason)]
 
 
 def direct_postprocess(rng: Random, most: int = POSITIONS) -> Input:
@@ -251,8 +266,10 @@ def direct_postprocess(rng: Random, most: int = POSITIONS) -> Input:
     size = _integers(rng, "image_size", 2, 5000)
     short = rng.choice((max(0, count - 1),) * 4 + (0, count, count + 1))
     logprobs = _noise(rng, "token_logprobs", (short,), np.float32)
+    if rng.random() < 0.8:
+        logprobs = array("token_logprobs", -np.abs(np.frombuffer(logprobs.data, np.float32))[None])
     tensors = [text("prompt", task_or_prompt(rng)), size, _integers(rng, "token_ids", count, VOCABULARY), logprobs]
-    return _direct(rng, "postprocess", tensors)
+    return _direct(rng, "postprocess", [*tensors, *_rest(rng)])
 
 
 def direct_answer_too_long(rng: Random) -> Input:
@@ -262,7 +279,8 @@ def direct_answer_too_long(rng: Random) -> Input:
     ids = rng.choice((one, one, _integers(rng, "token_ids", count, VOCABULARY)))
     logprobs = array("token_logprobs", np.zeros((1, count - 1), np.float32))
     size = array("image_size", np.array([[100, 100]]))
-    return _direct(rng, "postprocess", [text("prompt", rng.choice(GOOD_PROMPTS)), size, ids, logprobs], 0)
+    tensors = [text("prompt", rng.choice(GOOD_PROMPTS)), size, ids, logprobs, *_rest(rng)]
+    return _direct(rng, "postprocess", tensors, 0)
 
 
 def direct_of(rng: Random, size: int) -> Input:

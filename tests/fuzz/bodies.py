@@ -80,9 +80,9 @@ def json_damaged(rng: Random) -> Input:
     return Input("http", post(INFER, mutated(rng, body) if rng.random() < 0.2 else bytes(body)))
 
 
-def json_nested(rng: Random) -> Input:
-    """Parsers that call themselves run out of stack."""
-    depth = int(10 ** rng.uniform(1.5, 6))
+def json_nested(rng: Random, least: float, most: float) -> Input:
+    """10 to the power of `least` to `most` deep: parsers that call themselves run out of stack."""
+    depth = int(10 ** rng.uniform(least, most))
     start, end = rng.choice((("[", "]"), ('{"a":', "}")))
     nested = start * depth + "1" + (end * depth if rng.random() < 0.8 else "")
     documents = (
@@ -155,6 +155,12 @@ def framing(rng: Random) -> Input:
         )
     )
     return Input("http", made, may_close=True, half=True)
+
+
+def chunked_much(rng: Random) -> Input:
+    """In 300,000 to a million chunks of a byte."""
+    head = f"POST {INFER} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return Input("http", head.encode() + b"1\r\nA\r\n" * rng.randint(300_000, 1_000_000) + b"0\r\n\r\n", may_close=True)
 
 
 def paths(rng: Random) -> Input:

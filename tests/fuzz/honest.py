@@ -42,9 +42,9 @@ def ask(client: Florence2Client, question: Question, expected: Sequence[int]) ->
 
 
 def client(ports: tuple[int, int], number: int, timeout: float = TIMEOUT) -> Florence2Client:
-    """Over HTTP and gRPC in turn. It tries again as long as there is time: a server may be started anew meanwhile."""
+    """Over HTTP and gRPC in turn, with the retries that every client has."""
     url = f"http://127.0.0.1:{ports[0]}" if number % 2 else f"127.0.0.1:{ports[1]}"
-    return Florence2Client(url, timeout=timeout, retries=1000)
+    return Florence2Client(url, timeout=timeout)
 
 
 def ask_all(

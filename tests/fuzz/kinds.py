@@ -57,7 +57,7 @@ KINDS: dict[str, Kind] = {
     ),
     "json_values": Kind(bodies.json_values, 50),
     "json_damaged": Kind(bodies.json_damaged, 30),
-    "json_nested": Kind(bodies.json_nested, 3),
+    "json_nested": Kind(partial(bodies.json_nested, least=1.5, most=4), 3),
     "binary_lengths": Kind(bodies.binary_lengths, 40),
     "framing": Kind(bodies.framing, 40),
     "paths": Kind(bodies.paths, 20),
@@ -77,8 +77,12 @@ KINDS: dict[str, Kind] = {
     "direct_answer_too_long": Kind(asked.direct_answer_too_long, 0.5, over_limit=True),
     "direct_of_MB": Kind(_direct(MB, 5 * MB), 2, over_limit=True),
     "direct_of_60_MB": Kind(_direct(55 * MB, 62 * MB), 0.2, over_limit=True),
-    # Triton 24.10 crashes of early ones (triton-inference-server/server#7840).
+    # Triton before 24.12 crashes of early ones (triton-inference-server/server#7840).
     "cancelled_early": Kind(partial(bodies.cancelled, least=-5, most=-1.3), 1000, group="cancels"),
+    # Triton's parser calls itself for each level (triton-inference-server/common#156, merged in April 2026).
+    "json_nested_deep": Kind(partial(bodies.json_nested, least=5.3, most=6), 1, group="crashes"),
+    # Before 25.07 Triton takes stack for each chunk (CVE-2025-23310).
+    "chunked_much": Kind(bodies.chunked_much, 1, group="crashes"),
 }
 
 

@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +16,10 @@ from florence2_release.repository import install
 from serving import PICTURES, PROMPTS, figures, transformers_answers
 
 from fuzz.honest import CLIENTS, Asked, Question, ask, ask_all, client
-from fuzz.kinds import make
+from fuzz.kinds import chosen, make, schedule
 from fuzz.report import BACK, Run
 from fuzz.send import Ending, Sender, ending, send_all
-from fuzz.watch import EVERY, End, Served, Watch, make_fault, roles
+from fuzz.watch import EVERY, SIGNALS, End, Served, Watch, hit, make_fault, roles
 
 Answers = list[tuple[Question, list[int]]]
 SENDERS = 4
@@ -27,10 +28,13 @@ ALONE = 5
 """Seconds in which the honest ask alone, before all others."""
 HANGS = 130
 """Seconds without an honest answer after which the server is started anew: longer than an honest request waits."""
-FAULTS_EVERY = 10
-"""Seconds from one recovery to the next fault."""
+FAULTS_EVERY, ENDS_EVERY = 10, 40
+"""Seconds from one recovery to the next fault, and after one that ended the whole server: `serve` starts one that ends
+again within half a minute after longer and longer pauses."""
 ROUNDS = 2
 """In which every process is hit."""
+CRASHES = 4
+"""Inputs in a round that Triton may crash of."""
 ENDING = 150
 """Seconds that those on their way may take at the end."""
 
@@ -238,8 +242,20 @@ class _Running:
             with client(self.served.ports, 0, timeout=5) as asking:
                 return ask(asking, question, expected).outcome == "answered"
 
-        for what, role in itertools.product(("stop", "kill") * ROUNDS, roles(self.served)):
-            if self.stop.wait(FAULTS_EVERY):
-                return
-            self.found.faults.append(make_fault(self.watch, what, role, rng, answers, 4 * BACK))
+        hits = [
+            (what, role, partial(hit, self.watch, what, role, rng))
+            for what, role in itertools.product(SIGNALS, roles(self.served))
+        ]
+        sender = Sender(*self.served.ports)
+        crashes = [
+            (kind, "tritonserver", partial(sender.send, make(kind, self.found.seed, number)))
+            for kind, number in schedule(chosen("*", "crashes"), self.found.seed, CRASHES)
+        ]
+        wait = FAULTS_EVERY
+        for what, role, make_it in (hits + crashes) * ROUNDS:
+            if self.stop.wait(wait):
+                break
+            self.found.faults.append(make_fault(self.watch, what, role, make_it, answers, 4 * BACK))
             self.harness.say(str(self.found.faults[-1]))
+            wait = ENDS_EVERY if role == "tritonserver" and what != "stop" else FAULTS_EVERY
+        sender.close()

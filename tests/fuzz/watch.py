@@ -248,7 +248,7 @@ class Watch(threading.Thread):
 @dataclass(frozen=True)
 class Fault:
     what: str
-    """kill or stop."""
+    """kill, stop, or a kind of inputs that Triton crashes of."""
     role: str
     back: float | None
     """Seconds until a question was answered again; None: not within the time allowed."""
@@ -259,20 +259,27 @@ def roles(served: Served) -> list[str]:
     return sorted({role for role, _ in served.tree.values()} - {"serve", "keeper"})
 
 
-def make_fault(watch: Watch, what: str, role: str, rng: Random, answers: Callable[[], bool], allowed: float) -> Fault:
-    """Hits one process of that role, and waits until `answers`."""
+def hit(watch: Watch, what: str, role: str, rng: Random) -> None:
+    """One process of that role: killed, or stopped for a second. LookupError: there is none."""
     processes = [process for name, process in watch.served.tree.values() if name == role]
-    watch.expected, restarts = role if what == "kill" else "", watch.restarts
+    if not processes:
+        raise LookupError(role)
+    with contextlib.suppress(psutil.Error):
+        process = rng.choice(processes)
+        process.send_signal(SIGNALS[what])
+        if what == "stop":
+            time.sleep(1)
+            process.resume()
+
+
+def make_fault(
+    watch: Watch, what: str, role: str, make: Callable[[], object], answers: Callable[[], bool], allowed: float
+) -> Fault:
+    """Does what may end a process of that role, and waits until `answers`."""
+    watch.expected, restarts = role if what != "stop" else "", watch.restarts
     try:
-        if not processes:
-            return Fault(what, role, None)
         began = time.monotonic()
-        with contextlib.suppress(psutil.Error):
-            process = rng.choice(processes)
-            process.send_signal(SIGNALS[what])
-            if what == "stop":
-                time.sleep(1)
-                process.resume()
+        make()
         while not answers():
             if time.monotonic() - began > allowed:
                 return Fault(what, role, None)
@@ -281,5 +288,7 @@ def make_fault(watch: Watch, what: str, role: str, rng: Random, answers: Callabl
         time.sleep(2 * EVERY)
         # Started anew by us, it has not come back.
         return Fault(what, role, back if watch.restarts == restarts else None)
+    except LookupError:
+        return Fault(what, role, None)
     finally:
         watch.expected = ""
