@@ -20,7 +20,7 @@ export class Refused extends Error {
 
 export class Florence2 {
   /** `timeout`: milliseconds for one answer, `retries` among them: of 503 and of connections that fail. */
-  constructor(url = 'http://localhost:8000', { model = 'florence2', timeout = 300_000, retries = 5 } = {}) {
+  constructor(url = 'http://localhost:8000', { model = 'florence2', timeout = 300_000, retries = 7 } = {}) {
     Object.assign(this, { url: `${url}/v2/models/${model}`, timeout, retries });
   }
 
