@@ -55,14 +55,14 @@ _SIDEWAYS = (
 
 @dataclass(frozen=True)
 class Limits:
-    megapixels: float = 40
-    """At most PIL_MEGAPIXELS count."""
+    megapixels: float = PIL_MEGAPIXELS
+    """No more than these count."""
     megabytes: float = 50
     """Of the encoded file, 1 MB = 10**6 bytes."""
 
 
-Room = Callable[[float], AbstractContextManager[object]]
-"""Megapixels of a picture -> what is entered while it is decoded."""
+Room = Callable[[int], AbstractContextManager[object]]
+"""Pixels of a picture -> what is entered while it is decoded."""
 
 
 def quiet_pil() -> None:
@@ -89,7 +89,7 @@ def decode(data: bytes, limits: Limits = Limits(), room: Room = nullcontext) -> 
     what the format's decoder takes. Raises InvalidRequest for what is no image, broken, or past the limits.
     """
     file = _opened(data, limits)
-    with room(file.width * file.height / 1e6):
+    with room(file.width * file.height):
         try:
             file.load()
             turn = _turn(file)

@@ -27,7 +27,8 @@ class Server:
         monkeypatch.setattr(
             processes, "config", lambda server, model, version: {"ensemble_scheduling": {"step": STEPS}}
         )
-        monkeypatch.setattr(health_module, "Repository", lambda folder: SimpleNamespace(names=lambda: ["florence2"]))
+        self.names = ["florence2"]
+        monkeypatch.setattr(health_module, "Repository", lambda folder: SimpleNamespace(names=lambda: self.names))
         monkeypatch.setattr(health_module, "FRESH", -1)
 
     def found(self) -> set[tuple[str, int]]:
@@ -65,6 +66,26 @@ def test_ready_is_everything_there(server: Server) -> None:
     assert health.trouble() == "the server does not answer: TimeoutError('timed out')"
     server.alive = False
     assert health.trouble() == "the server is being started"
+
+
+def test_a_model_that_is_loaded_again_is_not_there_before_that_is_done(server: Server) -> None:
+    """Its new process is, from the beginning."""
+    returning: list[Any] = [("beam_search", 2)]
+    health: Any = Health(server, lambda: returning[0])  # type: ignore[arg-type]
+    assert health.trouble() == "beam_search 2 has lost its process"
+    returning[0] = ("beam_search", 1)
+    assert health.trouble() == ""
+
+
+def test_a_name_counts_once_it_was_ready(server: Server) -> None:
+    health: Any = Health(server)  # type: ignore[arg-type]
+    assert health.trouble() == ""
+    server.names.append("mine")
+    assert health.trouble() == ""
+    server.ready |= {("mine", 1)}
+    assert health.trouble() == ""
+    server.ready -= {("mine", 1)}
+    assert health.trouble() == "mine is not ready"
 
 
 def test_a_server_that_is_told_to_stop_is_ready_no_more(server: Server) -> None:

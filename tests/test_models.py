@@ -178,12 +178,13 @@ def test_features_tokens_and_answer(repository: Path) -> None:
                 token_ids=generated["token_ids"][0],
                 token_logprobs=generated["token_logprobs"][0],
                 sequence_score=generated["sequence_score"][0],
-                finish_reason=generated["finish_reason"][0],
+                finish_reason=generated["finish_reason"][0].astype(bytes).astype(object),
             )
         ],
     )
-    for name in ("token_ids", "token_logprobs", "sequence_score", "finish_reason"):
+    for name in ("token_ids", "token_logprobs", "sequence_score"):
         assert (final.tensors()[name] == generated[name]).all()
+    assert final.tensors()["finish_reason"].tolist() == [[generated["finish_reason"][0, 0].encode()]]
     answer = json.loads(final.tensors()["answer"][0, 0])
     assert set(answer["<OD>"]) == {"bboxes", "labels", "scores"}
     assert final.tensors()["text"][0, 0].startswith("</s><s>")
@@ -203,7 +204,7 @@ def test_an_exception_fails_its_request_alone(repository: Path) -> None:
     responses = run(vision, [bad, good])
     assert code_and_message(responses[0]) == ("INTERNAL", "RuntimeError: black")
     assert responses[1].error() is None
-    assert "E request 'test' failed: RuntimeError('black')" in fake_triton.Logger.lines
+    assert "E request 0 'test' failed: RuntimeError('black')" in fake_triton.Logger.lines
 
 
 def test_the_vision_encoder_looks_once_at_each_of_its_recent_pictures(repository: Path) -> None:
@@ -643,6 +644,36 @@ def test_a_vision_encoder_that_goes_on_failing_ends(repository: Path, monkeypatc
         assert ended.wait(HANGS if count == 3 else 0) == (count == 3)
 
 
+def test_a_vision_encoder_that_ends_tells_all_that_are_there(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = monkeypatch_exit(monkeypatch)
+    model = load_model(repository, "vision_encoder", at_once=1)
+    fails = Event()
+
+    def fail(*_: Any) -> Any:
+        assert fails.wait(HANGS)
+        raise RuntimeError("CUDA error")
+
+    model.graph.run = fail
+    first, *rest = (good_pixels() for _ in range(3))
+    submit(model, [first, *rest])
+    fails.set()
+    assert code_and_message(first.answer()) == ("INTERNAL", "RuntimeError: CUDA error")
+    told = ("UNAVAILABLE", "the vision encoder has failed and is started again; try again")
+    assert [code_and_message(one.answer()) for one in rest] == [told, told]
+    assert ended.wait(HANGS)
+    (late,) = run(model, [good_pixels()])
+    assert code_and_message(late) == told
+
+
+def test_features_that_are_no_numbers_are_the_servers_fault(repository: Path) -> None:
+    model = load_model(repository, "vision_encoder")
+    run_graph = model.graph.run
+    model.graph.run = lambda *args: [np.full_like(run_graph(*args)[0], np.nan)]
+    (refused,) = run(model, [good_pixels()])
+    assert code_and_message(refused)[0] == "INTERNAL"
+    assert not model.recent
+
+
 def test_what_is_not_a_number_reaches_nobody_else(repository: Path, prepared: list[Tensors]) -> None:
     """As an overflow in half would leave it, in a column that the next request's answer does not reach."""
     model = load_model(repository, "beam_search", rows=3)
@@ -697,7 +728,7 @@ def test_what_waits_is_bounded_in_bytes(repository: Path) -> None:
         assert called.wait(HANGS)
         waiting, refused = request(large, "<OD>"), request(large, "<OD>")
         submit(model, [waiting, refused])
-        assert code_and_message(refused.answer()) == ("UNAVAILABLE", "0 MB are waiting already; try again later")
+        assert code_and_message(refused.answer()) == ("UNAVAILABLE", "0.00213 MB are waiting already; try again later")
     assert running.answer().error() is None
     assert code_and_message(waiting.answer())[0] == "INVALID_ARG"
     # One alone may be larger.

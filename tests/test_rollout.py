@@ -21,7 +21,7 @@ import pytest
 from conftest import DEMO_CHECKPOINT
 from florence2_client import Florence2Client, ServerRefused
 from florence2_release.gate import Gate, load_gate
-from florence2_release.health import Health, serve_health
+from florence2_release.health import Health, close_health, serve_health
 from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.prepare import Prepared
 from florence2_release.repository import ENSEMBLE, Release, Repository, install
@@ -146,7 +146,7 @@ def always_ready(server: TritonServer) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        endpoint.server_close()
+        close_health(endpoint)
     assert found == []
 
 

@@ -39,15 +39,18 @@ class Admission:
         free = int(np.maximum((asked if len(asked) else engines)["free"], 0).sum())
         if coming >= free:
             raise Unavailable(f"{coming + int(engines['held'].sum())} requests are here already; try again later")
-        self._expect(now, deadline, coming, engines)
+        self._expect(now, deadline, rows)
 
-    def _expect(self, now: float, deadline: float, coming: int, engines: np.ndarray) -> None:
-        held, answered = coming + int(engines["held"].sum()), int(engines["answered"].sum())
+    def _expect(self, now: float, deadline: float, rows: np.ndarray) -> None:
+        held, answered = int(rows["held"].sum()), int(rows["answered"].sum())
         # While nobody waits, answers come as requests do, and tell nothing of how fast they could.
-        if not coming and not (engines["waiting"] > 0).any():
+        if not (rows["waiting"] > 0).any():
             self._began = self._pace = None
             return
         began, count = self._began = self._began or (now, answered)
+        # A beam_search has gone, and what it had answered.
+        if answered < count:
+            began, count = self._began = now, answered
         if now - began >= LEARNING and answered - count >= ENOUGH:
             self._pace = (answered - count) / (now - began)
             if now - began > REMEMBERED:

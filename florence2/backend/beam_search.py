@@ -1,6 +1,6 @@
 """Image features and prompt token ids -> the answer's tokens, all requests sharing every step."""
 
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ class TritonPythonModel:
         pb_utils.Logger.log_info(f"{self.name}: {self.engine.scheduler.caches}")
         self.metrics, self.figures = Metrics(args, COUNTERS, GAUGES), EngineFigures(self.engine)
         self.metrics.report(self.figures())
+        self.reporting = Lock()
         self.occupancy = Occupancy(BEAM_SEARCH)
         self.tell()
         self.thread = Thread(target=self.run, name="engine", daemon=True)
@@ -76,6 +77,8 @@ class TritonPythonModel:
                 self.engine.submit(self.accept(request, responder))
             except Exception as error:
                 responder(error)
+                if self.metrics.are_due():
+                    self.report_figures()
         self.tell()
 
     def accept(self, request: Any, responder: Responder) -> Request:
@@ -84,6 +87,7 @@ class TritonPythonModel:
         overrides = {name: _plain(value) for name, value in tensors.items() if name in OVERRIDES}
         settings = self.settings.override(**overrides)
         arrival, lasting = Arrival.of(tensors), copies(tensors)
+        responder.number = arrival.number
 
         def respond(answer: Generation | Exception) -> None:
             if not isinstance(answer, Exception):
@@ -113,12 +117,16 @@ class TritonPythonModel:
         try:
             self.engine.run(after_step=self.report)
         except BaseException as error:
-            self.metrics.try_report(self.figures())
+            self.report_figures()
             end_process(self.name, error, pb_utils.Logger.log_error)
 
     def report(self) -> None:
         self.tell()
         if self.metrics.are_due() or self.engine.is_idle:
+            self.report_figures()
+
+    def report_figures(self) -> None:
+        with self.reporting:
             self.metrics.try_report(self.figures())
 
     def is_ready(self) -> bool:

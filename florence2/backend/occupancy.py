@@ -51,11 +51,13 @@ class Occupancy:
             self._rows[places[0]] = np.zeros((), _ROW)
             self._own = self._rows[places[0]]
             self._own["started"], self._own["model"] = _start_of(os.getpid()), model
+            # What its predecessor could not answer may be in a response cache as its process left it.
+            self._own["failed"] = time.monotonic_ns()
             self._own["process"] = os.getpid()
         self._living, self._look_next = self._alive(), 0.0
 
     def hold(self, requests: int, waiting: int = 0, free: int = 0) -> None:
-        """How many requests are here; of them so many wait, and so many more may come to."""
+        """How many requests are here; of them so many wait, and so many more may come."""
         self._own["held"], self._own["waiting"], self._own["free"] = requests, waiting, free
 
     def came(self) -> None:

@@ -18,6 +18,7 @@ from florence2.prompts import parse, read_prompt
 from florence2.tokenizer import read_tokenizer
 
 HANDED_ON = ("token_ids", "token_logprobs", "sequence_score", "finish_reason")
+FINISH_REASONS = (b"stop", b"length")
 LARGEST_SIDE = 2**31
 """Pixels; far from where a float's whole numbers end."""
 
@@ -64,5 +65,9 @@ class TritonPythonModel:
             raise InvalidRequest(f"token_logprobs must be {count - 1} beside {count} token_ids")
         if not (tensors["token_logprobs"] <= 0).all():
             raise InvalidRequest("token_logprobs must be 0 or less")
+        if np.isnan(tensors["sequence_score"]).any():
+            raise InvalidRequest("sequence_score must be a number")
+        if tensors["finish_reason"][0] not in FINISH_REASONS:
+            raise InvalidRequest("finish_reason must be stop or length")
         if not ((tensors["image_size"] > 0) & (tensors["image_size"] < LARGEST_SIDE)).all():
             raise InvalidRequest(f"image_size must be a picture's, not {tensors['image_size'].tolist()}")

@@ -29,7 +29,7 @@ class TritonPythonModel:
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
         self.sizes = ModelSettings.read(folder).sizes
         self.prompts = PromptEncoder(read_tokenizer(folder / "tokenizer.json"), self.sizes)
-        self.budget = Budget(float(given["megapixels_at_once"]))
+        self.budget = Budget(int(float(given["megapixels_at_once"]) * 1e6))
         self.numbers, self.last_error = itertools.count(1), 0
         self.is_cached = given["response_cache"] == "true"
         self.occupancy = occupancy = Occupancy(PREPROCESS)
@@ -70,20 +70,20 @@ class TritonPythonModel:
 
 
 class Budget:
-    """Megapixels that are decoded at the same time."""
+    """Pixels that are decoded at the same time."""
 
-    def __init__(self, most: float) -> None:
-        self._most, self._used, self._changed = most, 0.0, Condition()
+    def __init__(self, most: int) -> None:
+        self._most, self._used, self._changed = most, 0, Condition()
 
     @contextmanager
-    def take(self, megapixels: float) -> Iterator[None]:
+    def take(self, pixels: int) -> Iterator[None]:
         """Waits until there is room. A picture larger than all of it is decoded alone."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + megapixels <= self._most)
-            self._used += megapixels
+            self._changed.wait_for(lambda: not self._used or self._used + pixels <= self._most)
+            self._used += pixels
         try:
             yield
         finally:
             with self._changed:
-                self._used -= megapixels
+                self._used -= pixels
                 self._changed.notify_all()

@@ -118,7 +118,9 @@ class Responder:
     def __init__(self, request: Any, failed: Callable[[Exception], None] = lambda error: None) -> None:
         """`failed` is told of an answer that is an error."""
         self._sender, self._failed = request.get_response_sender(), failed
-        self.what = f"request {request.request_id()!r}"
+        self._id = request.request_id()
+        self.number = 0
+        """As `Arrival` has it."""
 
     def __call__(self, answer: Tensors | Exception) -> None:
         if isinstance(answer, Exception):
@@ -127,11 +129,15 @@ class Responder:
             self._send(answer)
         except Exception as error:
             # No shared memory for the answer, perhaps; an error needs little. Unanswered, a request waits for ever.
+            if not isinstance(answer, Exception):
+                self._failed(error)
             self._send(error)
 
     def _send(self, answer: Tensors | Exception) -> None:
         # Answer and end in one call: Triton's response cache takes nothing else.
-        self._sender.send(response(answer, self.what), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._sender.send(
+            response(answer, f"request {self.number} {self._id!r}"), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        )
 
     def is_cancelled(self) -> bool:
         """Asks the server. Always false behind an ensemble, which passes no cancel on."""

@@ -14,7 +14,7 @@ from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import VISION_ENCODER, Occupancy
 from florence2.backend.tensors import Arrival, Tensors, at_least, parameters, version_folder
 from florence2.backend.worker import Worker
-from florence2.errors import InvalidRequest
+from florence2.errors import InvalidRequest, Unavailable
 from florence2.faults import Faults, end_process
 from florence2.generation.sessions import session
 
@@ -60,7 +60,10 @@ class TritonPythonModel:
 
     def compute(self, pixels: np.ndarray, key: bytes, features: "Future[np.ndarray]") -> None:
         try:
-            features.set_result(self.graph.run(None, {"pixels": pixels[None]})[0][0])
+            found = self.graph.run(None, {"pixels": pixels[None]})[0][0]
+            if not np.isfinite(found).all():
+                raise RuntimeError("the vision encoder gave features that are no numbers")
+            features.set_result(found)
             self.faults.worked()
         except Exception as error:
             with self.lock:
@@ -68,7 +71,11 @@ class TritonPythonModel:
             features.set_exception(error)
             if self.faults.failed(error):
                 # Beside this thread, which has to tell who asked.
-                Thread(target=end_process, args=(self.name, error, pb_utils.Logger.log_error), daemon=True).start()
+                Thread(target=self.end, args=(error,), daemon=True).start()
+
+    def end(self, error: Exception) -> None:
+        self.worker.refuse(Unavailable("the vision encoder has failed and is started again; try again"))
+        end_process(self.name, error, pb_utils.Logger.log_error)
 
     def finalize(self) -> None:
         self.worker.stop()

@@ -17,10 +17,12 @@ from florence2.backend.tensors import Arrival, Responder, Tensors, at_least, cop
 from florence2.errors import TimeIsOver, Unavailable
 
 MEGA = 1e6
+A_MOMENT = 0.1
+"""Seconds."""
 
 
-@dataclass(frozen=True)
-class Waiting:
+@dataclass(frozen=True, eq=False)
+class Item:
     tensors: Tensors
     responder: Responder
     arrival: Arrival
@@ -56,10 +58,13 @@ class Worker:
         self._timeout = float(given["timeout_seconds"])
         self._most = at_least(1, given, "max_waiting")
         self._most_bytes = float(given.get("max_waiting_megabytes", "inf")) * MEGA
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[Item] = deque()
+        self._here: set[Item] = set()
+        """Those that wait, and those that are being answered."""
         self._changed = Condition()
-        self._held = self._bytes = 0
+        self._bytes = 0
         self._stopping = False
+        self._refusal: Exception | None = None
         self._threads = [Thread(target=self._run, name="worker", daemon=True) for _ in range(at_once)]
         for thread in self._threads:
             thread.start()
@@ -70,16 +75,21 @@ class Worker:
         try:
             tensors = views(request)
             arrival = Arrival.of(tensors)
+            responder.number = arrival.number
             deadline = arrival.deadline(request, self._timeout)
             self._admit(tensors, deadline)
-            item = Waiting(copies(tensors), responder, arrival, deadline, time.monotonic(), size(tensors))
+            item = Item(copies(tensors), responder, arrival, deadline, time.monotonic(), size(tensors))
+            with self._changed:
+                if self._refusal:
+                    raise self._refusal
+                self._waiting.append(item)
+                self._here.add(item)
+                self._bytes += item.bytes
+                self._tell()
+                self._changed.notify()
         except Exception as error:
             responder(error)
-            return
-        with self._changed:
-            self._waiting.append(item)
-            self._hold(1, item.bytes)
-            self._changed.notify()
+            self._count()
 
     def _failed(self, error: Exception) -> None:
         self._metrics.failed(error)
@@ -89,8 +99,8 @@ class Worker:
         if len(self._waiting) >= self._most:
             raise Unavailable(f"{self._most} requests are waiting already; try again later")
         # One alone may be larger than the bound.
-        if self._held and self._bytes + size(tensors) > self._most_bytes:
-            raise Unavailable(f"{self._bytes / MEGA:.0f} MB are waiting already; try again later")
+        if self._here and self._bytes + size(tensors) > self._most_bytes:
+            raise Unavailable(f"{self._bytes / MEGA:.3g} MB are waiting already; try again later")
         self._check(tensors, deadline)
 
     def stop(self) -> None:
@@ -103,14 +113,41 @@ class Worker:
         self._metrics.close()
         self._occupancy.close()
 
-    def _hold(self, requests: int, bytes: int) -> None:
-        self._held, self._bytes = self._held + requests, self._bytes + bytes
-        self._occupancy.hold(self._held)
+    def refuse(self, error: Exception) -> None:
+        """Tells all that wait, and all that come from now on; after a moment those that are being answered, too."""
+        with self._changed:
+            self._refusal = error
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for item in waiting:
+            self._respond(item, error)
+        time.sleep(A_MOMENT)
+        for item in list(self._here):
+            self._respond(item, error)
 
-    def _next(self) -> Waiting | None:
+    def _tell(self) -> None:
+        self._occupancy.hold(len(self._here), len(self._waiting))
+
+    def _next(self) -> Item | None:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._stopping)
-            return self._waiting.popleft() if self._waiting else None
+            item = self._waiting.popleft() if self._waiting else None
+            self._tell()
+            return item
+
+    def _respond(self, item: Item, answer: Tensors | Exception) -> None:
+        """Once."""
+        # Before the answer: who has it may ask again, and must find the room.
+        with self._changed:
+            if item not in self._here:
+                return
+            self._here.remove(item)
+            self._bytes -= item.bytes
+            self._tell()
+        try:
+            item.responder(answer)
+        except Exception as error:
+            pb_utils.Logger.log_error(f"an answer could not be delivered: {error!r}")
 
     def _run(self) -> None:
         while item := self._next():
@@ -123,21 +160,15 @@ class Worker:
                 answer = error
             except BaseException as error:  # a panic of tokenizers, which is in Rust, is no Exception
                 answer = RuntimeError(repr(error))
-            # Before the answer: who has it may ask again, and must find the room.
-            with self._changed:
-                self._hold(-1, -item.bytes)
-            try:
-                item.responder(answer)
-            except Exception as error:
-                pb_utils.Logger.log_error(f"an answer could not be delivered: {error!r}")
+            self._respond(item, answer)
             self._count(began - item.came, time.monotonic() - began)
 
     def _count(self, *seconds: float) -> None:
-        """`seconds`: of one request, in the order of TIMES."""
+        """`seconds`: of one request that was taken, in the order of TIMES."""
         with self._counting:
-            for name, more in zip(TIMES, seconds, strict=True):
+            for name, more in zip(TIMES, seconds, strict=False):
                 self._figures[name] += more
-            if self._metrics.are_due() or not self._waiting:
+            if self._metrics.are_due() or (seconds and not self._waiting):
                 self._metrics.try_report(self._figures)
 
 

@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.repository.is_dir():
         raise ValueError(f"{args.repository} is no folder; name a model repository")
     with repository.locked():
+        if triton:
+            repository.check_up_to_date()
         release = roll_back(repository, triton, args.name, args.to)
     when = "is live" if args.url else "is served from the next start on"
     print(f"release {release.number} of {release.name} {when}")

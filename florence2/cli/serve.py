@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from florence2_release.server import TritonServer
 
 ENSEMBLE = "florence2"
-FIRST_PAUSE, LONGEST_PAUSE, STEADY = 0.5, 60.0, 300.0
+FIRST_PAUSE, LONGEST_PAUSE, STEADY = 0.5, 60.0, 30.0
 """Seconds before a server that has ended is started again, at first and at most; and for how long it must have run for
 the first to hold again."""
 
@@ -69,7 +69,7 @@ def _megabytes(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from florence2_release.health import Health, serve_health
+    from florence2_release.health import Health, close_health, serve_health
     from florence2_release.repository import Repository
     from florence2_release.server import TritonServer
     from florence2_release.watchdog import Watchdog
@@ -91,13 +91,13 @@ def run(args: argparse.Namespace) -> int:
         repository.tidy(profile, bool(args.response_cache), _engine_cache(args.engine_cache))
 
     prepare()
-    health = Health(server)
+    health = Health(server, lambda: watchdog.returning)
     _stop_on_signals()
     try:
         if repository.ensembles():
             serving.enter_context(repository.served())
         endpoint = serve_health(health, args.host, args.health_port)
-        serving.callback(endpoint.server_close)
+        serving.callback(close_health, endpoint)
         server.start()
         if args.verbose:
             threading.Thread(target=_follow_log, args=(server,), daemon=True).start()
@@ -157,9 +157,11 @@ def _keep_running(server: "TritonServer", prepare: Callable[[], None]) -> NoRetu
         _say("ready again")
 
 
-def _engine_cache(folder: Path | None) -> Path:
-    """By default where only this user writes."""
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "florence2-triton"
+def _engine_cache(folder: Path | None) -> Path | None:
+    """By default where only this user writes; None if there is no such place."""
+    if folder is None:
+        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        return Path(caches) / "florence2-triton" if os.path.isabs(caches) else None
     return folder.absolute()
 
 
@@ -178,6 +180,8 @@ def _follow_log(server: "TritonServer") -> None:
     shown = 0
     while True:
         text = server.log_text()
+        # Another server's.
+        shown = shown if len(text) >= shown else 0
         print(text[shown:], end="", file=sys.stderr, flush=True)
         shown = len(text)
         time.sleep(0.5)

@@ -1,6 +1,7 @@
 """Build a TensorRT plan of an export's vision encoder, on the machine that serves."""
 
 import argparse
+import os
 from pathlib import Path
 
 EXTRA = "gpu"
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cache",
         type=Path,
-        default=Path.home() / ".cache" / "florence2",
+        default=Path(os.path.expanduser("~/.cache/florence2")),
         metavar="DIR",
         help="plans of before, by graph, TensorRT and GPU; default %(default)s",
     )

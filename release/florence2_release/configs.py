@@ -24,6 +24,8 @@ CACHED = ("vision_encoder", "beam_search")
 """Models that the response cache is for, where they are python models: Triton caches tensors in CPU memory only. Not
 the ensemble, of which it would keep what the first of equal requests named; a step's outputs are always all asked for.
 Not preprocess, whose pixels are the largest of all, and not postprocess, which takes no longer than the cache."""
+_SHIPPED_BEFORE = {("preprocess", "max_megapixels", "100")}
+"""What a release of this package before set: nobody's choice."""
 _CACHE_TOLD = "response_cache"
 """The parameter of preprocess that says that there is one."""
 
@@ -57,6 +59,7 @@ def settle(
     if not source.is_file():
         own = path if before and not profile else kept
         config.CopyFrom(parsed(own))
+        _complete(config, parsed(shipped() / model.name / FILE_NAME))
         source, before = own, None
     else:
         config.CopyFrom(parsed(source))
@@ -65,7 +68,7 @@ def settle(
             before = parsed(kept) if kept.is_file() else None
     if before:
         for key, parameter in before.parameters.items():
-            if key in config.parameters:
+            if key in config.parameters and (model.name, key, parameter.string_value) not in _SHIPPED_BEFORE:
                 config.parameters[key].CopyFrom(parameter)
         del config.instance_group[:]
         config.instance_group.extend(before.instance_group)
@@ -83,6 +86,18 @@ def settle(
         _set_engine_cache(config, engine_cache)
     if not path.is_file() or config != parsed(path):
         write(path, config, source)
+
+
+def _complete(own: ModelConfig, plain: ModelConfig) -> None:
+    """Gives a profile of somebody's own what it lacks: it may have been made of an earlier release's."""
+    if own.backend != plain.backend:
+        return
+    for field in ("input", "output"):
+        own.ClearField(field)
+        getattr(own, field).extend(getattr(plain, field))
+    for key, parameter in plain.parameters.items():
+        if key not in own.parameters:
+            own.parameters[key].CopyFrom(parameter)
 
 
 def engine_cache_of(config: ModelConfig) -> Path | None:

@@ -16,9 +16,11 @@ FRESH = 0.5
 class Health:
     """Of a server that this process has started."""
 
-    def __init__(self, server: TritonServer) -> None:
-        self._server = server
+    def __init__(self, server: TritonServer, returning: Callable[[], processes.Version | None] = lambda: None) -> None:
+        """`returning`: what has lost its process and is being loaded again."""
+        self._server, self._returning = server, returning
         self._names = set(Repository(server.repository).names())
+        """Those that there were at first, and of what came later what was ready once."""
         self._lock = threading.Lock()
         self._looked, self._trouble = 0.0, ""
         self.is_draining = False
@@ -39,11 +41,14 @@ class Health:
             return "the server is being started"
         try:
             ready = processes.ready(self._server)
+            loaded = {model for model, _ in ready}
+            self._names |= {name for name in Repository(self._server.repository).names() if name in loaded}
             pinned = {version for name in self._names for version in self._pins(name, ready)}
             if missing := sorted(pinned - ready):
                 return f"{_named(missing)} is not ready"
-            if lost := sorted(processes.incomplete(self._server, pinned)):
-                return f"{_named(lost)} has lost its process"
+            lost = processes.incomplete(self._server, pinned) | (pinned & {self._returning()})
+            if lost:
+                return f"{_named(sorted(lost))} has lost its process"
         except Exception as error:
             return f"the server does not answer: {error!r}"
         return ""
@@ -67,11 +72,14 @@ def serve_health(health: Health, host: str, port: int) -> ThreadingHTTPServer:
     try:
         server = ThreadingHTTPServer((ipv4(host), port), handler)
     except (OSError, OverflowError) as error:
-        raise ServerError(
-            f"cannot listen on {host} port {port} (health): {error}; name another --health-port"
-        ) from error
+        raise ServerError(f"port {port} (health) is in use: stop what listens there or name another") from error
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server
+
+
+def close_health(server: ThreadingHTTPServer) -> None:
+    server.shutdown()
+    server.server_close()
 
 
 class _Handler(BaseHTTPRequestHandler):

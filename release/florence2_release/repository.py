@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 ENSEMBLE = "florence2"
 NEXT = "_next"
 """Behind the name of an ensemble: the release of it that is looked at."""
+OTHERS = ("lost+found",)
+"""Folders that are nobody's models."""
 _RECORD = re.compile(r"release-(\d+)\.json")
 
 ARRIVAL = "arrival"
@@ -116,7 +118,7 @@ class Repository:
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give another --repository")
         folders = {entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-        strangers = sorted(folders - {*FILES, *self.ensembles(), "lost+found"})
+        strangers = sorted(folders - {*FILES, *self.ensembles(), *OTHERS})
         if strangers:
             raise ValueError(
                 f"{self.folder} is not a model repository of florence2 (it holds {', '.join(strangers[:3])}); "
@@ -128,7 +130,7 @@ class Repository:
     def ensembles(self) -> list[str]:
         """Names that clients call, and those of releases that are looked at."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
-        return sorted(path.name for path in found if path.name not in FILES and _is_ours(path))
+        return sorted(path.name for path in found if path.name not in (*FILES, *OTHERS) and _is_ours(path))
 
     def names(self) -> list[str]:
         """Names that clients call."""
@@ -302,7 +304,8 @@ class Repository:
 
     def check_up_to_date(self) -> None:
         """Raises ValueError if a server that runs was started by another release of this package."""
-        if self.outdated():
+        wanted = self.wanted()
+        if any(int(path.parent.name) in wanted[path.parents[1].name] for path in self.outdated()):
             raise ValueError(
                 f"the models in {self.folder} are those of another release of florence2-triton: stop and start "
                 "`florence2 serve`, which brings them up to date, and give the same command again"

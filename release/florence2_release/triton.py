@@ -126,8 +126,11 @@ class Triton:
                 logger.warning("Triton goes on listing %s %s as failed (%s): %s", model, folder.name, reason, error)
             finally:
                 repository.settle()
-            self._publish()
-            self._load(model)
+                self._publish()
+            try:
+                self._load(model)
+            except LoadError as error:
+                logger.warning("%s of release %s is still loaded: %s", model, release.number, error)
 
     def _failed(self, release: Release) -> set[tuple[str, str]]:
         index = self._ask(self._client.get_model_repository_index).models

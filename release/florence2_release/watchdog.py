@@ -4,6 +4,7 @@ import os
 import threading
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 
 from florence2_release import processes
 from florence2_release.processes import Version
@@ -21,6 +22,8 @@ class Watchdog:
     def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
         self.server, self.say = server, say
         self._missing: set[Version] = set()
+        self.returning: Version | None = None
+        """What is being loaded again: until that is done, the server sends requests to the process that has ended."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -33,13 +36,18 @@ class Watchdog:
             self._thread.join(timeout=2)
 
     def _run(self) -> None:
+        told = ""
         while not self._ended.wait(EVERY):
             try:
                 self._look()
+                told = ""
             except Exception as error:
                 # The server is busy, on its way out, or being started again: whatever it was, there is a next look.
-                if self.server.is_alive() and not self._ended.is_set():
-                    self.say(f"the models' processes could not be looked after: {error!r}")
+                line = f"the models' processes could not be looked after: {error!r}"
+                if line != told and self.server.is_alive() and not self._ended.is_set():
+                    with suppress(OSError):
+                        self.say(line)
+                told = line
 
     def _look(self) -> None:
         missing = processes.incomplete(self.server, processes.ready(self.server))
@@ -58,5 +66,9 @@ class Watchdog:
             return
         self.say(f"{model} {version} had lost its process; it is started again")
         url = f"{self.server.http_url}/v2/repository/models/{model}/load"
-        with urllib.request.urlopen(urllib.request.Request(url, data=b"{}", method="POST"), timeout=LOADING):
-            pass
+        self.returning = (model, version)
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, data=b"{}", method="POST"), timeout=LOADING):
+                pass
+        finally:
+            self.returning = None

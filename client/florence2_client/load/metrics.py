@@ -14,7 +14,7 @@ _LINE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$", re.MU
 _MODEL = re.compile(r'\bmodel="([^"]*)"')
 _TIMEOUT = 30.0
 _BETWEEN_REPORTS = 0.3
-"""Seconds, a little more than florence2.triton.Metrics.EVERY."""
+"""Seconds, a little more than florence2.backend.metrics.Metrics.EVERY."""
 _SETTLED_BY = 10.0
 
 Counters = dict[tuple[str, str], float]
