@@ -256,7 +256,15 @@ def test_closing_before_the_event_loop_ends_is_early_enough(server: Server, grac
     assert server.ended == ["OK"]
 
 
-def test_a_request_goes_on_when_its_thread_is_interrupted(server: Server, grace: Any) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Even in what a shell has started in the background, where this signal is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_request_goes_on_when_its_thread_is_interrupted(server: Server, grace: Any, interruptible: None) -> None:
     def interrupt() -> None:
         wait_until(lambda: server.timeouts)
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)

@@ -208,7 +208,7 @@ def test_an_exception_fails_its_request_alone(repository: Path) -> None:
 
 
 def test_the_vision_encoder_looks_once_at_each_of_its_recent_pictures(repository: Path) -> None:
-    vision = load_model(repository, "vision_encoder", recent_pictures=2)
+    vision = load_model(repository, "vision_encoder", recent_pictures=2, at_once=1)
     seen: list[int] = []
     look = vision.graph.run
     vision.graph.run = lambda names, feeds: seen.append(int(feeds["pixels"][0, 0, 0, 0])) or look(names, feeds)

@@ -39,19 +39,24 @@ class Health:
     def _look(self) -> str:
         if not self._server.is_alive():
             return "the server is being started"
-        try:
-            ready = processes.ready(self._server)
-            loaded = {model for model, _ in ready}
-            self._names |= {name for name in Repository(self._server.repository).names() if name in loaded}
-            pinned = {version for name in self._names for version in self._pins(name, ready)}
-            if missing := sorted(pinned - ready):
-                return f"{_named(missing)} is not ready"
-            lost = processes.incomplete(self._server, pinned) | (pinned & {self._returning()})
-            if lost:
-                return f"{_named(sorted(lost))} has lost its process"
-        except Exception as error:
-            return f"the server does not answer: {error!r}"
-        return ""
+        trouble = ""
+        # Twice: what was live at first may be retired when it is asked for, and what took its place is there.
+        for _ in range(2):
+            try:
+                return self._look_at_models()
+            except Exception as error:
+                trouble = f"the server does not answer: {error!r}"
+        return trouble
+
+    def _look_at_models(self) -> str:
+        ready = processes.ready(self._server)
+        loaded = {model for model, _ in ready}
+        self._names |= {name for name in Repository(self._server.repository).names() if name in loaded}
+        pinned = {version for name in self._names for version in self._pins(name, ready)}
+        if missing := sorted(pinned - ready):
+            return f"{_named(missing)} is not ready"
+        lost = processes.incomplete(self._server, pinned) | (pinned & {self._returning()})
+        return f"{_named(sorted(lost))} has lost its process" if lost else ""
 
     def _pins(self, name: str, ready: set[processes.Version]) -> set[processes.Version]:
         """Of the ensemble as it is loaded: what is on the disk may be on its way."""

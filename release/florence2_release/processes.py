@@ -2,6 +2,7 @@
 
 import json
 import os
+import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -31,11 +32,16 @@ def config(server: TritonServer, model: str, version: int) -> dict[str, Any]:
 def incomplete(server: TritonServer, versions: set[Version]) -> set[Version]:
     """Those of `versions` that lack a process: never one of what is no python model. Raises as `ready` does."""
     running = Counter(_stubs(server.pid, server.repository))
-    return {version for version in versions if running[version] < _instances(config(server, *version))}
+    return {version for version in versions if running[version] < _instances(server, version)}
 
 
-def _instances(loaded: dict[str, Any]) -> int:
-    """Processes that the version has when it is whole."""
+def _instances(server: TritonServer, version: Version) -> int:
+    """Processes that it has when it is whole."""
+    try:
+        loaded = config(server, *version)
+    except urllib.error.HTTPError:
+        # It was retired a moment ago.
+        return 0
     return sum(group["count"] for group in loaded["instance_group"]) if loaded.get("backend") == "python" else 0
 
 
