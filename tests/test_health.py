@@ -22,6 +22,7 @@ class Server:
         self.repository, self.http_url, self.alive, self.killed = repository, "http://nowhere", True, False
         self.ready: set[tuple[str, int]] = {("florence2", 2), *PINS.items()}
         self.lost: set[tuple[str, int]] = set()
+        self.shm_prefix = "florence2_nobody_"
         monkeypatch.setattr(processes, "ready", lambda server: self.found())
         monkeypatch.setattr(processes, "incomplete", lambda server, versions: self.lost & versions)
         monkeypatch.setattr(
@@ -120,6 +121,21 @@ def test_where_a_model_cannot_be_loaded_alone_the_server_ends(server: Server, mo
     assert said == [
         "beam_search 2 had lost its process, and can't be loaded alone ([Errno 30] Read-only file system): the server "
         "ends"
+    ]
+
+
+def test_what_nobody_would_answer_ends_the_server(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    watchdog: Any = Watchdog(server, said.append)  # type: ignore[arg-type]
+    monkeypatch.setattr("florence2_release.watchdog.left_behind", lambda prefix: 3)
+    watchdog._look()
+    assert not server.killed
+    server.lost = {("beam_search", 2)}
+    watchdog._look()
+    watchdog._look()
+    assert server.killed
+    assert said == [
+        "beam_search 2 had lost its process, and 3 requests with it, which nobody would answer: the server ends"
     ]
 
 

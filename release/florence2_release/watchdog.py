@@ -1,4 +1,8 @@
-"""Brings back python models whose process has ended: Triton never does."""
+"""Brings back python models whose process has ended: Triton never does.
+
+It never answers the requests that were inside, either. So where there were any the whole server ends, for clients to be
+told and to ask again, and is started again by who has started it.
+"""
 
 import os
 import threading
@@ -6,6 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 
+from florence2.backend.occupancy import left_behind
 from florence2_release import processes
 from florence2_release.processes import Version
 from florence2_release.server import TritonServer
@@ -52,6 +57,13 @@ class Watchdog:
     def _look(self) -> None:
         missing = processes.incomplete(self.server, processes.ready(self.server))
         lost, self._missing = missing & self._missing, missing
+        if lost and (held := left_behind(self.server.shm_prefix)):
+            names = ", ".join(f"{model} {version}" for model, version in sorted(lost))
+            self.say(
+                f"{names} had lost its process, and {held} requests with it, which nobody would answer: the server ends"
+            )
+            self.server.kill()
+            return
         for version in lost:
             self._missing.discard(version)
             self._bring_back(*version)

@@ -3,6 +3,8 @@
 What is small is drawn from hypothesis's strategies by random bytes of our own (`fuzz_one_input`, its entry for
 fuzzers), so that every input can be made again alone. What is large are random bytes."""
 
+import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from florence2.tasks import TASKS, Takes
+from fuzz import messages
 from fuzz.messages import Input, Request, Tensor, array, grpc, http, prefixed, text
 from fuzz.pictures import any_picture, in_base64, mutated, small_png
 
@@ -174,6 +177,9 @@ def setting_damaged(rng: Random) -> Input:
 
 
 def damaged(request: Request, tensor: Tensor, what: str, value: Any) -> Request:
+    if what == "shape" and not tensor.data and overflows(value):
+        # Of a kind of its own: direct_overflowing.
+        return request
     if what in ("datatype", "shape", "data", "name"):
         rest = request.without(tensor.name)
         return replace(rest, tensors=(replace(tensor, **{what: value}), *rest.tensors))
@@ -183,6 +189,31 @@ def damaged(request: Request, tensor: Tensor, what: str, value: Any) -> Request:
         return replace(request, tensors=(*request.tensors, tensor))
     twice = tuple(replace(one, shape=(2, *one.shape[1:]), data=one.data * 2) for one in request.tensors)
     return replace(request, tensors=twice)
+
+
+def overflows(shape: tuple[int, ...]) -> bool:
+    """Whether its bytes are counted as none in 64 bits."""
+    return bool(shape) and 0 not in shape and 4 * math.prod(shape) % 2**64 == 0
+
+
+def direct_overflowing(rng: Random) -> Input:
+    """Without a byte, and of a shape whose bytes are counted as none in 64 bits."""
+    features = _noise(rng, "image_features", (IMAGE_TOKENS, D_MODEL), np.float32)
+    return sent(rng, Request((features, Tensor("input_ids", "INT64", (1, 2**62), b"")), "beam_search"))
+
+
+def classified(rng: Random) -> Input:
+    """The highest of an output of strings."""
+    request = asked()
+    if rng.random() < 0.5:
+        message = messages.grpc_message(request)
+        message.outputs.add(name="text").parameters["classification"].int64_param = rng.choice((1, 5))
+        return Input("grpc", message.SerializeToString(deterministic=True))
+    start, tail = messages.http_body(request)
+    output = {"name": "text", "parameters": {"classification": rng.choice((1, 5)), "binary_data": True}}
+    start = json.dumps({**json.loads(start), "outputs": [output]}).encode()
+    length = f"Inference-Header-Content-Length: {len(start)}"
+    return Input("http", messages.post(messages.infer_path(request), start + tail, length))
 
 
 def task_or_prompt(rng: Random) -> bytes:

@@ -290,7 +290,7 @@ def protobuf_contents(rng: Random) -> Input:
         elif change == 5:
             one.parameters["shared_memory_region"].string_param = rng.choice(("", "x"))
         elif change == 6:
-            message.outputs.add(name="text").parameters["classification"].int64_param = rng.choice((1, -1, 2**62))
+            message.outputs.add(name="token_ids").parameters["classification"].int64_param = rng.choice((1, -1, 2**62))
         else:
             message.model_name, message.model_version = rng.choice(
                 (("", ""), ("florence2", "-1"), ("florence2", "99"), ("x" * 9999, "1"))

@@ -19,6 +19,8 @@ class Kind:
     """More than is allowed, which can be told from its size: must be refused, and soon."""
     group: str = "inputs"
     """Kinds of another than this one have runs of their own."""
+    ends: str = ""
+    """The process that an input may end, by a fault that is none of ours."""
 
 
 def _picture(make: Callable[[Random], bytes]) -> Callable[[Random], Input]:
@@ -80,9 +82,13 @@ KINDS: dict[str, Kind] = {
     # Triton before 24.12 crashes of early ones (triton-inference-server/server#7840).
     "cancelled_early": Kind(partial(bodies.cancelled, least=-5, most=-1.3), 1000, group="cancels"),
     # Triton's parser calls itself for each level (triton-inference-server/common#156, merged in April 2026).
-    "json_nested_deep": Kind(partial(bodies.json_nested, least=5.3, most=6), 1, group="crashes"),
+    "json_nested_deep": Kind(partial(bodies.json_nested, least=5.3, most=6), 1, group="crashes", ends="tritonserver"),
     # Before 25.07 Triton takes stack for each chunk (CVE-2025-23310).
-    "chunked_much": Kind(bodies.chunked_much, 1, group="crashes"),
+    "chunked_much": Kind(bodies.chunked_much, 1, group="crashes", ends="tritonserver"),
+    # Triton (24.10) takes strings for numbers.
+    "classified": Kind(asked.classified, 1, group="crashes", ends="tritonserver"),
+    # Triton (24.10) counts bytes in 64 bits; its python backend ends the process over what NumPy says.
+    "direct_overflowing": Kind(asked.direct_overflowing, 1, group="crashes", ends="beam_search"),
 }
 
 

@@ -16,7 +16,7 @@ from florence2_release.repository import install
 from serving import PICTURES, PROMPTS, figures, transformers_answers
 
 from fuzz.honest import CLIENTS, Asked, Question, ask, ask_all, client
-from fuzz.kinds import chosen, make, schedule
+from fuzz.kinds import KINDS, chosen, make, schedule
 from fuzz.report import BACK, Run
 from fuzz.send import Ending, Sender, ending, send_all
 from fuzz.watch import EVERY, SIGNALS, End, Served, Watch, hit, make_fault, roles
@@ -178,6 +178,8 @@ class _Running:
             found.wrong += [f"{kind}: number {number} had no end" for kind, number in found.on_way]
             found.wrong += self._at_the_end()
         self.watch.close()
+        if found.ends:
+            self.harness.say(f"what serve said:\n{self.served.log_path.read_text()[-4000:]}")
         found.peaks, found.most = dict(self.watch.peaks), self.watch.most
         found.minutes = (time.monotonic() - began) / 60
 
@@ -220,7 +222,7 @@ class _Running:
                     self.last_answer = time.monotonic()
             case End():
                 self.found.add_end(one)
-                self.harness.say(f"{one.role} has ended by itself")
+                self.harness.say(f"{one.role} has ended by itself; the server's log:\n{one.detail}")
             case (kind, number):
                 self.found.sent(kind, number)
 
@@ -248,7 +250,7 @@ class _Running:
         ]
         sender = Sender(*self.served.ports)
         crashes = [
-            (kind, "tritonserver", partial(sender.send, make(kind, self.found.seed, number)))
+            (kind, KINDS[kind].ends, partial(sender.send, make(kind, self.found.seed, number)))
             for kind, number in schedule(chosen("*", "crashes"), self.found.seed, CRASHES)
         ]
         wait = FAULTS_EVERY
