@@ -24,6 +24,8 @@ from florence2.locations import Size, dequantize
 from florence2.tasks import AnswerKind, Task
 
 _LOCATION = re.compile(r"<loc_(\d+)>")
+_MOST_DIGITS = 300
+"""Of what a float holds."""
 _BOX = re.compile(r"<loc_\d+>" * 4)
 
 # HF's patterns, in time linear in the text: where one fails, its last alternative takes the text that it failed on,
@@ -195,12 +197,19 @@ class _Reader:
         return rows
 
     def _pixels(self, locations: str) -> list[float]:
-        bins = [int(number) for number in _LOCATION.findall(locations)]
+        bins = [_bin(number) for number in _LOCATION.findall(locations)]
         return dequantize(bins[: len(bins) // 2 * 2], self.size, self.bins).tolist()
 
     def _score(self, *parts: Decoded) -> float:
         tokens = sorted(set().union(*(part.tokens.tolist() for part in parts)))
         return float(np.exp(self.logprobs[tokens].mean()))
+
+
+def _bin(digits: str) -> int:
+    """Raises OverflowError for more than a coordinate can be made of: letters spell them too."""
+    if len(digits) > _MOST_DIGITS:
+        raise OverflowError(f"a location of {len(digits)} digits")
+    return int(digits)
 
 
 def _label(phrase: str) -> str | None:

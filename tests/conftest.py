@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -16,21 +17,25 @@ DEMO_CHECKPOINT = ROOT / "demo" / "checkpoint"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+def exported(checkpoint: Path, name: str, factory: pytest.TempPathFactory) -> Path:
+    """Made by the first process that asks, for all of a run."""
+    folder = factory.getbasetemp()
+    output = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
+    with FileLock(f"{output}.lock"):
+        if not output.is_dir():
+            from florence2_export.export import export
+
+            export(str(checkpoint), output)
+    return output
+
+
 @pytest.fixture(scope="session")
 def demo_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from florence2_export.export import export
-
-    output = tmp_path_factory.mktemp("exports") / "demo"
-    export(str(DEMO_CHECKPOINT), output)
-    return output
+    return exported(DEMO_CHECKPOINT, "demo-export", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def microsoft_export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not MICROSOFT_FIXTURE.is_dir():
         pytest.skip(f"{MICROSOFT_FIXTURE} is missing: the checkpoint in Microsoft's layout and its answers")
-    from florence2_export.export import export
-
-    output = tmp_path_factory.mktemp("exports") / "microsoft"
-    export(str(MICROSOFT_FIXTURE / "checkpoint"), output)
-    return output
+    return exported(MICROSOFT_FIXTURE / "checkpoint", "microsoft-export", tmp_path_factory)

@@ -483,3 +483,10 @@ def test_scores_are_microsofts_where_no_text_was_skipped() -> None:
                 same += 1
     assert same
     assert others
+
+
+def test_a_location_that_no_number_holds() -> None:
+    """The model's own tokens for locations are short; its letters can spell anything."""
+    text = "car" + "<loc_1>" * 3 + "<loc_" + "9" * 301 + ">"
+    with pytest.raises(OverflowError, match="a location of 301 digits"):
+        parser().parse(TASKS["<OD>"], spelled(text), np.zeros(len(text)), (10, 10))

@@ -796,6 +796,28 @@ def test_a_request_that_cannot_be_answered_in_its_time_is_refused_at_once(
     front.check(now + 1)
 
 
+def test_pictures_are_decoded_side_by_side_as_far_as_there_is_room() -> None:
+    from florence2.backend.preprocess import Budget
+
+    budget, entered, leave = Budget(5_000_000), Event(), Event()
+
+    def large() -> None:
+        with budget.take(9_000_000):
+            entered.set()
+            leave.wait(HANGS)
+
+    # Sums of fractions would leave something behind.
+    with budget.take(1920 * 1080):
+        with budget.take(640 * 480):
+            one = Thread(target=large)
+            one.start()
+            assert not entered.wait(0.05)
+        assert not entered.wait(0.05)
+    assert entered.wait(HANGS)
+    leave.set()
+    one.join(HANGS)
+
+
 # --- what no predecessor sends ---
 
 
@@ -821,6 +843,8 @@ def postprocess_request(**other: Any) -> Request:
         ({"token_logprobs": np.array([0, 1, 0], np.float32)}, "token_logprobs must be 0 or less"),
         ({"image_size": np.array([0, 40])}, "image_size must be a picture's, not [0, 40]"),
         ({"image_size": np.array([60, 2**62])}, f"image_size must be a picture's, not [60, {2**62}]"),
+        ({"sequence_score": np.array([np.nan], np.float32)}, "sequence_score must be a number"),
+        ({"finish_reason": np.array([b"stop" * 9], np.object_)}, "finish_reason must be stop or length"),
         ({"prompt": np.array([b"\xff"], np.object_)}, "the prompt is not UTF-8"),
     ],
 )

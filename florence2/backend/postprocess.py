@@ -49,7 +49,11 @@ class TritonPythonModel:
         # The decoder start has no log-probability; a box never holds it.
         logprobs = np.concatenate([[0.0], tensors["token_logprobs"]])
         width, height = tensors["image_size"].tolist()
-        answer = {prompt.key: self.parser.parse(prompt.task, decoded, logprobs, (width, height))}
+        try:
+            answer = {prompt.key: self.parser.parse(prompt.task, decoded, logprobs, (width, height))}
+        except OverflowError:
+            # Letters can spell <loc_999...> with hundreds of digits.
+            raise InvalidRequest("token_ids spell a location that no number can hold") from None
         return {
             "answer": np.array([json.dumps(answer, ensure_ascii=False)], np.object_),
             "text": np.array([decoded.text], np.object_),
