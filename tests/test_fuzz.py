@@ -42,7 +42,7 @@ from fuzz.report import Run
 from fuzz.send import Ending, Sender
 from fuzz.watch import End, Fault, Watch
 
-HARMLESS = "-direct_answer_too_long,-*MB,-packed_much,-many_pixels"
+HARMLESS = "-direct_answer_too_long,-*MB,-many_pixels"
 """Without those that keep the server busy for long."""
 
 

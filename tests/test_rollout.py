@@ -29,7 +29,7 @@ from florence2_release.rollout import Refused, Rollout, roll_back
 from florence2_release.server import TritonServer
 from florence2_release.triton import Triton
 from florence2_release.watchdog import Watchdog
-from serving import HANGS, PICTURES, client
+from serving import HANGS, PICTURES, client, wait_until
 
 from florence2.cli import main
 from florence2.manifest import Manifest, sha256_of
@@ -355,24 +355,23 @@ def stubs_of(server: TritonServer, model: str) -> list[int]:
 
 
 def test_a_model_that_loses_its_process_gets_another(exports: dict[str, Path], tmp_path: Path) -> None:
-    with served(exports["whole"], tmp_path) as (_, server), client(server) as asking:
+    with served(exports["whole"], tmp_path) as (repository, server), client(server) as asking:
+        released(repository, server, exports["cut"], QUICK)
         said: list[str] = []
         watch = Watchdog(server, said.append)
         watch.start()
         try:
-            (process,) = stubs_of(server, "beam_search")
+            # Of the release that is kept, whose process nobody asks.
+            (process,) = stubs_of(server, "beam_search/1")
             os.kill(process, signal.SIGKILL)
-            until = time.monotonic() + HANGS
-            while not said:
-                assert time.monotonic() < until
-                time.sleep(0.1)
-            assert said == ["beam_search 1 had lost its process; it is started again"]
-            while stubs_of(server, "beam_search") in ([], [process]):
-                assert time.monotonic() < until
-                time.sleep(0.1)
+            wait_until(lambda: stubs_of(server, "beam_search/1") not in ([], [process]))
             time.sleep(2.5)
-            assert asking.run(PROMPT, PICTURE).model_version == "1"
+            assert asking.run(PROMPT, PICTURE).model_version == "2"
             assert said == ["beam_search 1 had lost its process; it is started again"]
+            (process,) = stubs_of(server, "beam_search/2")
+            os.kill(process, signal.SIGKILL)
+            wait_until(lambda: not server.is_alive())
+            assert said[1:] == ["beam_search 2 has lost its process: the server ends"]
         finally:
             watch.stop()
 

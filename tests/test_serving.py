@@ -587,10 +587,12 @@ def test_when_the_engine_fails_everyone_is_told_and_the_server_recovers(demo_exp
                     connection.run("<OD>", SCENE, max_new_tokens=6)
                 assert told.value.status == "UNAVAILABLE"
                 assert all("the engine has failed" in request.result(HANGS) for request in running)
-            wait_until(lambda: said)
-            assert said == ["beam_search 1 had lost its process; it is started again"]
-            wait_until(lambda: answer_or_none(server) == expected)
+            wait_until(lambda: not server.is_alive())
+            assert said == ["beam_search 1 has lost its process: the server ends"]
             assert "its process ends: RuntimeError('never seen before')" in server.log_text()
+            server.start()
+            server.wait_ready()
+            assert answer_or_none(server) == expected
         finally:
             watchdog.stop()
 

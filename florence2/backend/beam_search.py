@@ -117,7 +117,6 @@ class TritonPythonModel:
         try:
             self.engine.run(after_step=self.report)
         except BaseException as error:
-            self.tell()
             self.report_figures()
             end_process(self.name, error, pb_utils.Logger.log_error)
 

@@ -36,16 +36,6 @@ LOOKED_AT = 0.5
 """Seconds between two looks at who is alive."""
 
 
-def left_behind(prefix: str) -> int:
-    """Requests that ended processes of the server of this prefix held: nobody answers them any more."""
-    try:
-        rows = np.frombuffer(_path(prefix).read_bytes(), _ROW)
-    except (OSError, ValueError):
-        return 0
-    held = rows[(rows["process"] != 0) & (rows["held"] > 0)]
-    return sum(int(row["held"]) for row in held if _start_of(int(row["process"])) != row["started"])
-
-
 class Occupancy:
     """One process's row, and what all of them say."""
 
@@ -106,7 +96,8 @@ def _opened() -> Iterator[int]:
     """The file that the processes of this one's server share, while nobody else takes a row."""
     server = os.getppid()
     prefix = os.environ.get(SHM_PREFIX) or f"florence2_{server}_{_start_of(server)}_"
-    file = os.open(_path(prefix), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    path = Path("/dev/shm") / f"{prefix}occupancy"
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX)
         os.ftruncate(file, _ROWS * _ROW.itemsize)
@@ -115,10 +106,6 @@ def _opened() -> Iterator[int]:
         fcntl.flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
-
-
-def _path(prefix: str) -> Path:
-    return Path("/dev/shm") / f"{prefix}occupancy"
 
 
 def _start_of(process: int) -> int:

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         repository.tidy(profile, bool(args.response_cache), _engine_cache(args.engine_cache))
 
     prepare()
-    health = Health(server, lambda: watchdog.returning)
+    health = Health(server)
     _stop_on_signals()
     try:
         if repository.ensembles():

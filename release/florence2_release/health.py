@@ -16,9 +16,8 @@ FRESH = 0.5
 class Health:
     """Of a server that this process has started."""
 
-    def __init__(self, server: TritonServer, returning: Callable[[], processes.Version | None] = lambda: None) -> None:
-        """`returning`: what has lost its process and is being loaded again."""
-        self._server, self._returning = server, returning
+    def __init__(self, server: TritonServer) -> None:
+        self._server = server
         self._names = set(Repository(server.repository).names())
         """Those that there were at first, and of what came later what was ready once."""
         self._lock = threading.Lock()
@@ -52,23 +51,11 @@ class Health:
         ready = processes.ready(self._server)
         loaded = {model for model, _ in ready}
         self._names |= {name for name in Repository(self._server.repository).names() if name in loaded}
-        pinned = {version for name in self._names for version in self._pins(name, ready)}
-        if missing := sorted(pinned - ready):
-            return f"{_named(missing)} is not ready"
-        lost = processes.incomplete(self._server, pinned) | (pinned & {self._returning()})
-        return f"{_named(sorted(lost))} has lost its process" if lost else ""
-
-    def _pins(self, name: str, ready: set[processes.Version]) -> set[processes.Version]:
-        """Of the ensemble as it is loaded: what is on the disk may be on its way."""
-        versions = {version for model, version in ready if model == name}
-        if not versions:
-            return {(name, 0)}
-        steps = processes.config(self._server, name, max(versions))["ensemble_scheduling"]["step"]
-        return {(step["model_name"], int(step["model_version"])) for step in steps}
-
-
-def _named(versions: list[processes.Version]) -> str:
-    return ", ".join(f"{model} {version}" if version else model for model, version in versions)
+        pinned = processes.pinned(self._server, self._names, ready)
+        if missing := pinned - ready:
+            return f"{processes.named(missing)} is not ready"
+        lost = processes.incomplete(self._server, pinned)
+        return f"{processes.named(lost)} has lost its process" if lost else ""
 
 
 def serve_health(health: Health, host: str, port: int) -> ThreadingHTTPServer:

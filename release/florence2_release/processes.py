@@ -5,7 +5,7 @@ import os
 import urllib.error
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,28 @@ def config(server: TritonServer, model: str, version: int) -> dict[str, Any]:
     return json.loads(_fetch(f"{server.http_url}/v2/models/{model}/versions/{version}/config"))
 
 
+def pinned(server: TritonServer, names: Iterable[str], ready: set[Version]) -> set[Version]:
+    """What the ensembles of these names are made of, as they are loaded: what is on the disk may be on its way. Of one
+    that is not `ready`, its name and 0. Raises as `ready` does."""
+    found = set()
+    for name in names:
+        versions = [version for model, version in ready if model == name]
+        if not versions:
+            found.add((name, 0))
+            continue
+        steps = config(server, name, max(versions))["ensemble_scheduling"]["step"]
+        found |= {(step["model_name"], int(step["model_version"])) for step in steps}
+    return found
+
+
 def incomplete(server: TritonServer, versions: set[Version]) -> set[Version]:
     """Those of `versions` that lack a process: never one of what is no python model. Raises as `ready` does."""
     running = Counter(_stubs(server.pid, server.repository))
     return {version for version in versions if running[version] < _instances(server, version)}
+
+
+def named(versions: Iterable[Version]) -> str:
+    return ", ".join(f"{model} {version}" if version else model for model, version in sorted(versions))
 
 
 def _instances(server: TritonServer, version: Version) -> int:

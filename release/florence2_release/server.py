@@ -72,8 +72,6 @@ class TritonServer:
         self.installation: Installation | None = None
         self.pid: int | None = None
         """tritonserver's own, which is its process group's too."""
-        self.shm_prefix = ""
-        """How the names begin of what it has in /dev/shm."""
         self._keeper: subprocess.Popen[str] | None = None
         self._job: dict = {}
         self._log_fd: int | None = None
@@ -134,7 +132,7 @@ class TritonServer:
 
     def _spawn(self, runtime: Path, env: dict[str, str], address: str) -> None:
         log = self.log_path or runtime / "server.log"
-        self.shm_prefix = shm_prefix = f"florence2_{os.getpid()}_{secrets.token_hex(4)}_"
+        shm_prefix = f"florence2_{os.getpid()}_{secrets.token_hex(4)}_"
         self._job = {
             "parent": os.getpid(),
             "drain_seconds": self.drain_seconds,

@@ -1,7 +1,8 @@
-"""Brings back python models whose process has ended: Triton never does.
+"""Sees that python models' processes are there: Triton never starts one again.
 
-It never answers the requests that were inside, either. So where there were any the whole server ends, for clients to be
-told and to ask again, and is started again by who has started it.
+It never answers what was inside, and what comes afterwards fails one a second, each in its turn. So where a release
+that clients get has lost one the whole server ends, for clients to be told and to ask again; who has started it starts
+it again. A release that is looked at, or kept to go back to, is loaded again beside the others.
 """
 
 import os
@@ -10,9 +11,9 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 
-from florence2.backend.occupancy import left_behind
 from florence2_release import processes
 from florence2_release.processes import Version
+from florence2_release.repository import Repository
 from florence2_release.server import TritonServer
 
 EVERY = 1.0
@@ -27,8 +28,6 @@ class Watchdog:
     def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
         self.server, self.say = server, say
         self._missing: set[Version] = set()
-        self.returning: Version | None = None
-        """What is being loaded again: until that is done, the server sends requests to the process that has ended."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -55,32 +54,29 @@ class Watchdog:
                 told = line
 
     def _look(self) -> None:
-        missing = processes.incomplete(self.server, processes.ready(self.server))
+        ready = processes.ready(self.server)
+        missing = processes.incomplete(self.server, ready)
         lost, self._missing = missing & self._missing, missing
-        if lost and (held := left_behind(self.server.shm_prefix)):
-            names = ", ".join(f"{model} {version}" for model, version in sorted(lost))
-            self.say(
-                f"{names} had lost its process, and {held} requests with it, which nobody would answer: the server ends"
-            )
+        if not lost:
+            return
+        names = Repository(self.server.repository).names()
+        if live := lost & processes.pinned(self.server, names, ready):
+            self.say(f"{processes.named(live)} has lost its process: the server ends")
             self.server.kill()
             return
         for version in lost:
             self._missing.discard(version)
-            self._bring_back(*version)
+            self._load_again(*version)
 
-    def _bring_back(self, model: str, version: int) -> None:
+    def _load_again(self, model: str, version: int) -> None:
         try:
             # What has changed is loaded again; the rest of the model's versions are left alone.
             os.utime(self.server.repository / model / str(version) / "model.py")
         except OSError as error:
-            self.say(f"{model} {version} had lost its process, and can't be loaded alone ({error}): the server ends")
+            self.say(f"{model} {version} has lost its process, and can't be loaded alone ({error}): the server ends")
             self.server.kill()
             return
         self.say(f"{model} {version} had lost its process; it is started again")
         url = f"{self.server.http_url}/v2/repository/models/{model}/load"
-        self.returning = (model, version)
-        try:
-            with urllib.request.urlopen(urllib.request.Request(url, data=b"{}", method="POST"), timeout=LOADING):
-                pass
-        finally:
-            self.returning = None
+        with urllib.request.urlopen(urllib.request.Request(url, data=b"{}", method="POST"), timeout=LOADING):
+            pass

@@ -67,7 +67,6 @@ KINDS: dict[str, Kind] = {
     "pipelined": Kind(bodies.pipelined, 5),
     "generate": Kind(bodies.generate, 30),
     "packed": Kind(bodies.packed, 20),
-    "packed_much": Kind(bodies.packed_much, 0.2),
     "dropped": Kind(bodies.dropped, 30),
     "protobuf_damaged": Kind(bodies.protobuf_damaged, 30),
     "protobuf_contents": Kind(bodies.protobuf_contents, 30),
@@ -85,6 +84,8 @@ KINDS: dict[str, Kind] = {
     "json_nested_deep": Kind(partial(bodies.json_nested, least=5.3, most=6), 1, group="crashes", ends="tritonserver"),
     # Before 25.07 Triton takes stack for each chunk (CVE-2025-23310).
     "chunked_much": Kind(bodies.chunked_much, 1, group="crashes", ends="tritonserver"),
+    # Triton (24.10) unpacks all that there is.
+    "packed_much": Kind(bodies.packed_much, 1, group="crashes", ends="tritonserver"),
     # Triton (24.10) takes strings for numbers.
     "classified": Kind(asked.classified, 1, group="crashes", ends="tritonserver"),
     # Triton (24.10) counts bytes in 64 bits; its python backend ends the process over what NumPy says.

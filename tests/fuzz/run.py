@@ -33,7 +33,7 @@ FAULTS_EVERY, ENDS_EVERY = 10, 40
 again within half a minute after longer and longer pauses."""
 ROUNDS = 2
 """In which every process is hit."""
-CRASHES = 4
+CRASHES = 5
 """Inputs in a round that Triton may crash of."""
 ENDING = 150
 """Seconds that those on their way may take at the end."""
