@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from conftest import ROOT
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export
 from florence2_export.graphs import GRAPHS, Graph, VisionEncoder
@@ -119,6 +120,13 @@ def test_manifest_tells_all(root: Path) -> None:
         max_position_embeddings=64,
         location_bins=1000,
     )
+
+
+def test_graphs_tell_nothing_of_the_machine(root: Path) -> None:
+    for graph in (root / "native-export").glob("*.onnx"):
+        content = graph.read_bytes()
+        assert b"site-packages" not in content
+        assert str(ROOT).encode() not in content
 
 
 def test_graphs_agree_with_the_checkpoint(root: Path) -> None:

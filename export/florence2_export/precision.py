@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnxscript import ir
 from torch import nn
 from torch.onnx import ONNXProgram
@@ -54,6 +55,8 @@ def trace(module: nn.Module, signature: Signature, half: bool) -> ONNXProgram:
             verbose=False,
         )
     assert program is not None
+    # Where in this machine's files each operator came from: the same checkpoint gives the same bytes everywhere.
+    ClearMetadataAndDocStringPass()(program.model)
     return program
 
 
