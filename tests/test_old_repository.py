@@ -22,6 +22,8 @@ from florence2_release.rollout import Rollout, roll_back
 from florence2_release.server import TritonServer
 from florence2_release.triton import Triton
 
+from florence2.cli import main
+
 ARCHIVE = Path(__file__).parent / "data" / "repository-bb97b87.tar.xz"
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"
 
@@ -77,7 +79,11 @@ def test_it_is_served_with_a_response_cache(old: Path) -> None:
             assert ask(server, question) == (question["version"], question["token_ids"])
 
 
-def test_a_release_is_not_begun_under_a_server_of_the_commit_before(old: Path) -> None:
+def test_nothing_is_begun_under_a_server_of_the_commit_before(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     repository = Repository(old / "repository")
     with pytest.raises(ValueError, match=r"are those of another release of florence2-triton: stop and start"):
         repository.check_up_to_date()
+    before = repository.live("florence2")
+    assert main(["rollback", "--repository", str(repository.folder), "--url", "127.0.0.1:1"]) == 1
+    assert "are those of another release of florence2-triton: stop and start" in capsys.readouterr().err
+    assert repository.live("florence2") == before

@@ -198,6 +198,28 @@ def test_a_profile_of_ones_own_is_taken_as_it_stands(repository: Path, first: st
     assert rows(repository) == "9"
 
 
+def test_a_profile_of_ones_own_from_before_gets_what_it_lacks(repository: Path) -> None:
+    plain = parsed(MODELS / "preprocess" / "config.pbtxt")
+    before = parsed(MODELS / "preprocess" / "config.pbtxt")
+    del before.parameters["response_cache"], before.output[-1]
+    before.parameters["max_waiting"].string_value = "7"
+    own = repository / "preprocess" / "configs" / "mine.pbtxt"
+    own.parent.mkdir()
+    own.write_text(text_format.MessageToString(before))
+    Repository(repository).tidy("mine")
+    found = parsed(repository / "preprocess" / "config.pbtxt")
+    assert [one.name for one in found.output] == [one.name for one in plain.output]
+    assert given(found) == given(plain) | {"max_waiting": "7", "profile": "mine"}
+
+
+def test_what_an_earlier_release_shipped_is_nobodys_choice(repository: Path) -> None:
+    path = repository / "preprocess" / "config.pbtxt"
+    for before, after in (("100", "40"), ("99", "99")):
+        change(path, max_megapixels=before)
+        Repository(repository).tidy()
+        assert given(parsed(path))["max_megapixels"] == after
+
+
 def test_a_first_release_can_name_its_profile(demo_export: Path, tmp_path: Path) -> None:
     install(demo_export, tmp_path / "models", profile="cuda-python")
     assert given(parsed(tmp_path / "models" / "vision_encoder" / "config.pbtxt"))["execution_provider"] == "cuda"

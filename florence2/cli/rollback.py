@@ -19,12 +19,13 @@ def run(args: argparse.Namespace) -> int:
     from florence2_release.rollout import roll_back
     from florence2_release.triton import Triton
 
-    repository, triton = Repository(args.repository), Triton(args.url, args.publish) if args.url else None
+    repository = Repository(args.repository)
     if not args.repository.is_dir():
         raise ValueError(f"{args.repository} is no folder; name a model repository")
+    if args.url:
+        repository.check_up_to_date()
+    triton = Triton(args.url, args.publish) if args.url else None
     with repository.locked():
-        if triton:
-            repository.check_up_to_date()
         release = roll_back(repository, triton, args.name, args.to)
     when = "is live" if args.url else "is served from the next start on"
     print(f"release {release.number} of {release.name} {when}")
