@@ -51,7 +51,8 @@ def question(args: argparse.Namespace) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> int:
     from florence2_client import Florence2Client
 
-    with Florence2Client(args.url, model=args.model) as client:
+    # Somebody waits for it: a few seconds, no more.
+    with Florence2Client(args.url, model=args.model, retries=5) as client:
         answer = client.run(args.prompt, args.image, **question(args))
     print(answer.to_json() if args.json else describe(answer))
     if args.draw:

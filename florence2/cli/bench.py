@@ -174,7 +174,8 @@ def _made(args: argparse.Namespace, tasks: list[str]) -> dict[str, Any]:
 def _answers(args: argparse.Namespace, asked: list["Asked"]) -> list[str]:
     from florence2_client import Florence2Client
 
-    with Florence2Client(args.url, model=args.model) as client:
+    # Somebody waits for it: a few seconds, no more.
+    with Florence2Client(args.url, model=args.model, retries=5) as client:
         pairs = ((one.prompt, one.picture) for one in asked)
         found = client.run_many(pairs, num_beams=args.num_beams, max_new_tokens=args.max_new_tokens)
         return [answer.text for answer in found]

@@ -23,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from florence2_client.page import Server, build, http_endpoint, serve
 
     server = Server(args.url, args.model, args.http_url or http_endpoint(args.url))
-    with Florence2Client(args.url, model=args.model) as client:
+    # Somebody waits for it: a few seconds, no more.
+    with Florence2Client(args.url, model=args.model, retries=5) as client:
         serve(build(client, server), args.host, args.port)
     return 0
