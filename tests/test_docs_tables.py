@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from conftest import ROOT
+from florence2_release.configs import parsed
 from pages import blocks, text
 
 from florence2.backend.figures import COUNTERS, GAUGES
@@ -78,8 +79,10 @@ def test_every_task_is_there() -> None:
 
 def test_limits() -> None:
     page = text("docs/limits.md")
-    limits = Limits()
-    assert f"at most {limits.megapixels:g} megapixels and {limits.megabytes:g} MB" in page
+    given = parsed(ROOT / "model_repository" / "preprocess" / "config.pbtxt").parameters
+    megapixels, megabytes = (given[name].string_value for name in ("max_megapixels", "max_megabytes"))
+    assert f"at most {megapixels} megapixels and {megabytes} MB" in page
+    assert f"At most {Limits().megapixels} megapixels" in text("docs/formats.md")
     assert f"to {PIL_MEGAPIXELS}" in page
     assert f"| `num_beams` | 1 to {MAX_BEAMS}, or" in page
     assert re.findall(r"[A-Z]\w+", text("docs/formats.md").split("## Pictures\n")[1])[: len(PICTURE_FORMATS)] == [
