@@ -1,6 +1,7 @@
 """What a probe is told, and what the watchdog does, with a server that only says what a test says."""
 
 import os
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,8 @@ import pytest
 from florence2_release import health as health_module
 from florence2_release import processes
 from florence2_release import watchdog as watchdog_module
-from florence2_release.health import Health
+from florence2_release.health import Health, serve_health
+from florence2_release.server import ServerError
 from florence2_release.watchdog import Watchdog
 
 PINS = {"preprocess": 1, "vision_encoder": 1, "beam_search": 2, "postprocess": 1}
@@ -148,3 +150,13 @@ def test_the_watchdog_outlives_whatever_happens(
         pass
     watchdog.stop()
     assert said[0] == f"the models' processes could not be looked after: {error!r}"
+
+
+def test_a_port_that_is_taken_is_named(server: Server) -> None:
+    health: Any = Health(server)  # type: ignore[arg-type]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=rf"^port {port} \(health\) is in use: stop what listens there"):
+            serve_health(health, "127.0.0.1", port)
+    with pytest.raises(ServerError, match=r"^cannot listen on 127\.0\.0\.1 port 70000 \(health\)"):
+        serve_health(health, "127.0.0.1", 70_000)

@@ -122,7 +122,9 @@ class Worker:
         for item in waiting:
             self._respond(item, error)
         time.sleep(A_MOMENT)
-        for item in list(self._here):
+        with self._changed:
+            left = list(self._here)
+        for item in left:
             self._respond(item, error)
 
     def _tell(self) -> None:

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from florence2_release import processes
 from florence2_release.repository import Repository
-from florence2_release.server import ServerError, TritonServer, ipv4
+from florence2_release.server import TritonServer, cannot_listen, ipv4
 
 FRESH = 0.5
 """Seconds for which a look at the server is good."""
@@ -64,7 +64,7 @@ def serve_health(health: Health, host: str, port: int) -> ThreadingHTTPServer:
     try:
         server = ThreadingHTTPServer((ipv4(host), port), handler)
     except (OSError, OverflowError) as error:
-        raise ServerError(f"port {port} (health) is in use: stop what listens there or name another") from error
+        raise cannot_listen(host, port, "health", error) from error
     threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
     return server
 

@@ -288,10 +288,14 @@ def _bind(address: str, port: int, what: str) -> socket.socket:
         holder.bind((address, port))
     except (OSError, OverflowError) as error:
         holder.close()
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise ServerError(f"port {port} ({what}) is in use: stop what listens there or name another") from error
-        raise ServerError(f"cannot listen on {address} port {port} ({what}): {error}") from error
+        raise cannot_listen(address, port, what, error) from error
     return holder
+
+
+def cannot_listen(address: str, port: int, what: str, error: Exception) -> ServerError:
+    if getattr(error, "errno", None) == errno.EADDRINUSE:
+        return ServerError(f"port {port} ({what}) is in use: stop what listens there or name another")
+    return ServerError(f"cannot listen on {address} port {port} ({what}): {error}")
 
 
 def _check_repository(repository: Path) -> None:
