@@ -13,7 +13,9 @@ from fuzz.send import ANSWERED, LOST, OUTCOMES, SILENT, UNREACHED, Ending
 from fuzz.watch import End, Fault
 
 SOON = 1.0
-"""Seconds within which a request that is over a limit is refused."""
+"""Seconds within which a request that is over a limit is refused once Triton has it."""
+TRANSFER = 50e6
+"""Bytes that Triton is given a second for."""
 LATE_SHARE = 0.01
 """Of those requests may be refused later: the machine is busy."""
 BACK = 15.0
@@ -38,7 +40,7 @@ class OfKind:
         self.seconds.append(ending.seconds)
         if self.slowest is None or ending.seconds > self.slowest.seconds:
             self.slowest = ending
-        self.late += ending.seconds > SOON
+        self.late += ending.seconds > SOON + ending.size / TRANSFER
 
 
 @dataclass
@@ -136,7 +138,7 @@ class Run:
                 )
             if not self.faults and kind.late > LATE_SHARE * kind.outcomes.total() and kind.slowest:
                 found.append(
-                    f"{name}: {kind.late} refused after more than {SOON:.0f} s, the slowest after "
+                    f"{name}: {kind.late} refused more than {SOON:.0f} s after it was read, the slowest after "
                     f"{kind.slowest.seconds:.1f} s: --again {_ids(self.seed, [(name, kind.slowest.number)])}"
                 )
         return found

@@ -61,6 +61,8 @@ class Ending:
     seconds: float = 0.0
     detail: str = ""
     """What the server said, shortened."""
+    size: int = 0
+    """Bytes that were sent."""
 
 
 class Sender:
@@ -198,6 +200,6 @@ def ending(sender: Sender, kind: str, seed: int, number: int, up: Any, stop: Any
         began = time.monotonic()
         outcome, status, detail = sender.send(one)
         if outcome != UNREACHED or stop.is_set():
-            return Ending(kind, number, outcome, status, time.monotonic() - began, detail[:300])
+            return Ending(kind, number, outcome, status, time.monotonic() - began, detail[:300], len(one.data))
         time.sleep(0.5)
     return Ending(kind, number, LOST, status, 0.0, detail[:300])
