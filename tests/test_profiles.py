@@ -242,6 +242,20 @@ def test_a_repository_that_cannot_be_written_is_served_as_it_is(
     Repository(repository).tidy("cpu")
     with pytest.raises(ValueError, match=r"is not made for --profile cuda, and can't be written: start"):
         Repository(repository).tidy("cuda")
+    Repository(repository).tidy(engine_cache=Path("engines"))
+
+
+def test_engines_have_a_place_in_a_repository_that_cannot_be_written(
+    demo_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(demo_export, tmp_path / "models", profile="tensorrt-ep")
+    repository = Repository(tmp_path / "models")
+    repository.tidy(engine_cache=tmp_path / "engines")
+    monkeypatch.setattr("florence2_release.repository.os.access", lambda *_: False)
+    repository.tidy()
+    repository.tidy(engine_cache=tmp_path / "engines")
+    with pytest.raises(ValueError, match=r"is not made for --engine-cache /elsewhere, and can't be written: start"):
+        repository.tidy(engine_cache=Path("/elsewhere"))
 
 
 @pytest.mark.server

@@ -362,6 +362,14 @@ def test_engines_are_kept_where_the_start_says(export: Path, tmp_path: Path) -> 
     assert places() == {str(tmp_path / "engines")}
 
 
+def test_engines_that_others_may_replace_are_not_run(export: Path, tmp_path: Path) -> None:
+    install(export, tmp_path / "models", profile="tensorrt-ep")
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines").chmod(0o775)
+    with pytest.raises(ValueError, match=r"engines, where TensorRT's engines are kept, can be written by others"):
+        Repository(tmp_path / "models").tidy(engine_cache=tmp_path / "engines")
+
+
 def test_files_are_on_the_disk_before_their_name_is(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,6 @@ import http.client
 import ipaddress
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -88,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     profile = args.profile
 
     def prepare() -> None:
-        repository.tidy(profile, bool(args.response_cache), _engine_cache(args.engine_cache))
+        repository.tidy(profile, bool(args.response_cache), args.engine_cache)
 
     prepare()
     health = Health(server)
@@ -157,14 +156,6 @@ def _keep_running(server: "TritonServer", prepare: Callable[[], None]) -> NoRetu
         _say("ready again")
 
 
-def _engine_cache(folder: Path | None) -> Path | None:
-    """By default where only this user writes; None if there is no such place."""
-    if folder is None:
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return Path(caches) / "florence2-triton" if os.path.isabs(caches) else None
-    return folder.absolute()
-
-
 def _stop_on_signals() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -221,7 +212,7 @@ def _endpoints(server: "TritonServer", health_port: int) -> str:
         f"  metrics  {server.metrics_url}",
         f"  health   {server.http_url.rpartition(':')[0]}:{health_port}/ready",
     ]
-    if os.path.isdir(server.repository / ENSEMBLE):
+    if (server.repository / ENSEMBLE).is_dir():
         # Through a pipe, as an argument may have 128 KiB at most (execve(2)); curl drops the newlines.
         body = """(printf '{"prompt": "<OD>", "image": "'; base64 < photo.jpg; printf '"}')"""
         lines.append(f"  {body} | curl -s {server.http_url}/v2/models/{ENSEMBLE}/generate -d @-")

@@ -9,6 +9,7 @@ the repository.
 
 import os
 import re
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -109,6 +110,23 @@ def engine_cache_of(config: ModelConfig) -> Path | None:
     if _ENGINE_CACHE in config.parameters:
         found.append(config.parameters[_ENGINE_CACHE].string_value)
     return Path(found[0]) if found else None
+
+
+def user_engine_cache() -> Path | None:
+    """Where only this user writes; None if there is no such place."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "florence2-triton" if os.path.isabs(caches) else None
+
+
+def make_engine_cache(folder: Path) -> None:
+    """What lies there is run. Raises ValueError if others may write there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid()):
+        raise ValueError(
+            f"{folder}, where TensorRT's engines are kept, can be written by others, and engines are run: make it "
+            "yours alone (chown, chmod 700), or name another with --engine-cache"
+        )
 
 
 def _set_engine_cache(config: ModelConfig, folder: Path) -> None:

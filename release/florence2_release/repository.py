@@ -251,18 +251,22 @@ class Repository:
 
     def tidy(self, profile: str | None = None, response_cache: bool = False, engine_cache: Path | None = None) -> None:
         """Before a server starts: it loads what clients get, not what was looked at when the last one ended, with the
-        code of this package, and for the `profile` that is named. Raises ValueError for one that is none, or for what
-        would have to be written and can't."""
+        code of this package, and for the `profile` that is named. TensorRT's engines are kept in `engine_cache`, or
+        in the user's cache folder. Raises ValueError for a profile that is none, for what would have to be written and
+        can't, or for engines that others may replace."""
         if profile:
             self.check_profile(profile)
         if not self.ensembles():
             return
         changes = profile not in (None, self.profile)
+        engine_cache = engine_cache and engine_cache.absolute()
         if not os.access(self.folder, os.W_OK):
+            moved = engine_cache and self._engine_caches() - {engine_cache}
             asked = [
                 *([f"--profile {profile}"] if changes else []),
                 *(["--response-cache"] if response_cache and not self.response_cache else []),
                 *(["a server without --response-cache"] if self.response_cache and not response_cache else []),
+                *([f"--engine-cache {engine_cache}"] if moved else []),
                 *(["this release of florence2-triton"] if self.outdated() else []),
             ]
             if asked:
@@ -271,6 +275,7 @@ class Repository:
                     "where it can be"
                 )
             return
+        engine_cache = engine_cache or configs.user_engine_cache()
         try:
             with self.locked(wait=False):
                 if changes:
@@ -284,14 +289,16 @@ class Repository:
                 self.settle(profile=profile or self.profile, response_cache=response_cache, engine_cache=engine_cache)
                 for name in self.ensembles():
                     self._write_ensemble(name, self.live(name), self.pins(name))
-                if engine_cache and any(
-                    configs.engine_cache_of(found) for model in FILES if (found := self.config(model))
-                ):
-                    # What lies there is run.
-                    engine_cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+                for folder in self._engine_caches():
+                    configs.make_engine_cache(folder)
         except BlockingIOError:
             if changes:
                 raise ValueError(f"another command is at work on {self.folder}; start again when it is done") from None
+
+    def _engine_caches(self) -> set[Path]:
+        """Where the models keep TensorRT's engines."""
+        places = (configs.engine_cache_of(found) for model in FILES if (found := self.config(model)))
+        return {place for place in places if place}
 
     def outdated(self) -> list[Path]:
         """Copies of model.py that another release of this package made."""
