@@ -247,6 +247,23 @@ def test_what_becomes_of_an_input_over_grpc():
     server.stop(None)
 
 
+def test_crashes_of_which_triton_is_known_fail_a_run_when_it_stays_away():
+    run = Run("cancels", 1)
+    run.add(Ending("cancelled_early", 1, "lost"))
+    run.add_end(End("tritonserver", 0, ""))
+    run.backs = [3.0, 14.9]
+    assert run.failures() == []
+    assert "tritonserver ended 2 times, and was ready again after 14.9 s at most." in run.markdown()
+    run.backs.append(16.0)
+    run.add_end(End("beam_search", 0, ""))
+    run.add(Ending("cancelled_early", 2, "silent"))
+    assert [failure[:40] for failure in run.failures()] == [
+        "beam_search ended by itself; resend with",
+        "not ready again within 15 s, but 16.0 s",
+        "cancelled_early: 1 silent, first --again",
+    ]
+
+
 def test_a_run_that_went_well_has_no_failures():
     run = Run("inputs", 1, attacked=10)
     run.add_honest(Asked("answered", 5, 0.1))
@@ -303,12 +320,16 @@ def test_with_faults_connections_may_be_lost_but_a_server_must_come_back():
 
 def test_what_goes_with_a_server_is_told_once():
     told: SimpleQueue[End] = SimpleQueue()
-    watch = Watch(SimpleNamespace(server_log=lambda: "its log"), None, told.put)  # type: ignore[arg-type]
+    up = threading.Event()
+    up.set()
+    watch = Watch(SimpleNamespace(server_log=lambda: "its log"), up, told.put)  # type: ignore[arg-type]
     watch._tell(["preprocess"])
     watch._tell(["keeper", "tritonserver", "preprocess"])
     watch._tell(["serve"])
     assert [told.get().role, told.get().role] == ["preprocess", "tritonserver"]
     assert told.empty()
+    # Nothing hostile is sent until some time after it is back.
+    assert not up.is_set()
 
 
 @pytest.mark.server

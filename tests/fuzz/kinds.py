@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
     "direct_of_MB": Kind(_direct(MB, 5 * MB), 2, over_limit=True),
     "direct_of_60_MB": Kind(_direct(55 * MB, 62 * MB), 0.2, over_limit=True),
     # Triton before 24.12 crashes of early ones (triton-inference-server/server#7840).
-    "cancelled_early": Kind(partial(bodies.cancelled, least=-5, most=-1.3), 1000, group="cancels"),
+    "cancelled_early": Kind(partial(bodies.cancelled, least=-5, most=-1.3), 1000, group="cancels", ends="tritonserver"),
     # Triton's parser calls itself for each level (triton-inference-server/common#156, merged in April 2026).
     "json_nested_deep": Kind(partial(bodies.json_nested, least=5.3, most=6), 1, group="crashes", ends="tritonserver"),
     # Before 25.07 Triton takes stack for each chunk (CVE-2025-23310).

@@ -56,6 +56,8 @@ class Run:
     beside: list[float] = field(default_factory=list)
     ends: list[tuple[End, list[tuple[str, int]]]] = field(default_factory=list)
     """With what was on its way."""
+    backs: list[float] = field(default_factory=list)
+    """Seconds from each end of tritonserver by itself until it was ready again."""
     faults: list[Fault] = field(default_factory=list)
     peaks: dict[str, float] = field(default_factory=dict)
     most: float = 0.0
@@ -104,6 +106,11 @@ class Run:
         return list(self._on_way)
 
     @property
+    def may_end(self) -> set[str]:
+        """Processes, by a fault that is none of ours."""
+        return {KINDS[kind].ends for kind in self.kinds} - {""}
+
+    @property
     def total(self) -> int:
         return sum(one.outcomes.total() for one in self.kinds.values())
 
@@ -112,7 +119,9 @@ class Run:
         found = [
             f"{end.role} ended by itself; resend with --again {_ids(self.seed, around[:24])}"
             for end, around in self.ends
+            if end.role not in self.may_end
         ]
+        found += [f"not ready again within {BACK:.0f} s, but {back:.1f} s" for back in self.backs if back > BACK]
         found += self.wrong
         for outcome in ("lost", "wrong"):
             if self.honest[outcome] > 3:
@@ -126,8 +135,8 @@ class Run:
             f"{role} took {peak:.0f} MB; {MOST_MB} are allowed" for role, peak in self.peaks.items() if peak > MOST_MB
         ]
         for name, kind in self.kinds.items():
-            # Connections end with a server that was killed on purpose.
-            for outcome in (SILENT,) if self.faults else (SILENT, LOST):
+            # Connections end with a server that was killed on purpose, or that crashes.
+            for outcome in (SILENT,) if self.faults or self.may_end else (SILENT, LOST):
                 if kind.outcomes[outcome]:
                     found.append(f"{name}: {kind.outcomes[outcome]} {outcome}, first {self._example(name, outcome)}")
             if not KINDS[name].over_limit:
@@ -169,6 +178,11 @@ class Run:
             str(self._kinds()),
             str(self._roles()),
         ]
+        if self.backs:
+            lines.append(
+                f"tritonserver ended {len(self.backs)} times, and was ready again after {max(self.backs):.1f} s at "
+                "most."
+            )
         if self.faults:
             lines.append(str(self._faults()))
         failures = self.failures()

@@ -180,7 +180,7 @@ class _Running:
         self.watch.close()
         if found.ends:
             self.harness.say(f"what serve said:\n{self.served.log_path.read_text()[-4000:]}")
-        found.peaks, found.most = dict(self.watch.peaks), self.watch.most
+        found.peaks, found.most, found.backs = dict(self.watch.peaks), self.watch.most, self.watch.backs
         found.minutes = (time.monotonic() - began) / 60
 
     def _at_the_end(self) -> list[str]:

@@ -26,6 +26,10 @@ WHOLE = ["tritonserver", "keeper", "serve"]
 """Roles without which there is no server, by what goes first."""
 GOING = 10
 """Seconds in which the rest of a server goes."""
+CALM = 30
+"""Seconds without hostile inputs after tritonserver has ended: while it ends again and again, nobody is answered."""
+HELPERS = ("addr2line",)
+"""What a crash calls to tell where it was."""
 RESTARTS = 20
 """After so many ends of the whole server a run is over."""
 MOST_MB = 12_000
@@ -117,7 +121,8 @@ class Served:
             parent = psutil.Process(self._process.pid)
             for process in (parent, *parent.children(recursive=True)):
                 with contextlib.suppress(psutil.Error):
-                    if process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                    alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+                    if alive and process.name() not in HELPERS:
                         role = "serve" if process.pid == self._process.pid else _role(process)
                         found[process.pid] = (role, process)
         gone = {pid: one for pid, one in self.tree.items() if pid not in found or found[pid][1] != one[1]}
@@ -177,6 +182,8 @@ class Watch(threading.Thread):
         self.most = 0.0
         """MB of all together, at once."""
         self.restarts = 0
+        self.backs: list[float] = []
+        """Seconds from each end of tritonserver that was none of our doing until it was ready again."""
         self.gave_up = ""
         """Why the server is not started any more."""
         self.expected = ""
@@ -184,7 +191,8 @@ class Watch(threading.Thread):
         self.hung = threading.Event()
         """To be set by who finds that the server answers nobody."""
         self._closed = threading.Event()
-        self._going_until = 0.0
+        self._going_until = self._calm_until = 0.0
+        self._ended: float | None = None
 
     def run(self) -> None:
         while not self._closed.wait(EVERY) and not self.gave_up:
@@ -200,8 +208,18 @@ class Watch(threading.Thread):
                 self._restart()
             elif self.served.has_ended() and not self._closed.is_set():
                 self._restart()
+            self._wait_for_calm()
         if self.gave_up:
             self.served.stop()
+
+    def _wait_for_calm(self) -> None:
+        now = time.monotonic()
+        if self._ended and self.served.is_ready():
+            self.backs.append(now - self._ended)
+            self._ended, self._calm_until = None, now + CALM
+        elif self._calm_until and now > self._calm_until and not self._ended:
+            self._calm_until = 0.0
+            self._up.set()
 
     def _tell(self, roles: list[str]) -> None:
         """Whatever runs under tritonserver goes with it, and then what runs it."""
@@ -211,6 +229,9 @@ class Watch(threading.Thread):
         whole = [role for role in WHOLE if role in roles]
         if whole:
             roles, self._going_until = whole[:1], now + GOING
+            if roles == ["tritonserver"]:
+                self._ended = now
+                self._up.clear()
         for role in roles:
             self._on_end(End(role, now, self.served.server_log()))
 
