@@ -3,9 +3,10 @@
 python benchmarks/overload.py --work /tmp/overload [--size base | --export DIR] [--seconds 600] [--write]
 
 One server without a cache; no two pictures that are on their way are the same. First as many requests per second as it
-answers with 32 in flight; then Poisson arrivals at two and four times that rate, whatever comes back; last, clients
-that ask and go. The generator runs on the server's cores, so that answers per second of the server's CPU count where
-requests are as small as the demo checkpoint's. What came of each second is in --work, one .csv per load.
+answers with 32 in flight; then Poisson arrivals at two and four times that rate, whatever comes back, and after each
+32 in flight again; last, clients that ask and go. The generator runs on the server's cores, so that answers per second
+of the server's CPU count where requests are as small as the demo checkpoint's. What came of each second is in --work,
+one .csv per load.
 """
 
 import argparse
@@ -240,11 +241,11 @@ def measure(server: TritonServer, work: Path, seconds: float) -> str:
         load = Load(server.http_port, warm_up + seconds, next(seeds), str(work / "records.npz"), rate, in_flight)
         return overload.measure(name, load, warm_up)
 
-    phases = [phase("saturation", seconds / 2)]
+    phases = [phase("saturation", seconds / 4)]
     if not (rate := phases[0].answers):
-        raise SystemExit(f"nothing was answered within {seconds / 2:.0f} s; give more --seconds")
-    phases += [phase(f"{times} x", seconds, times * rate) for times in TIMES]
-    phases.append(phase("saturation again", seconds / 2))
+        raise SystemExit(f"nothing was answered within {seconds / 4:.0f} s; give more --seconds")
+    for times in TIMES:
+        phases += [phase(f"{times} x", seconds, times * rate), phase(f"saturation after {times} x", seconds / 4)]
     floods = [overload.flood("HTTP", overload.over_http), overload.flood("gRPC", overload.over_grpc)]
     return report(phases, floods, overload.usual)
 
@@ -256,7 +257,7 @@ def main() -> None:
     what.add_argument("--size", choices=("demo", "base"), default="demo", help="what is exported and served")
     what.add_argument("--export", type=Path, help="an export to serve in its place")
     parser.add_argument("--seconds", type=float, default=600, help="of each overload (default: %(default)s)")
-    parser.add_argument("--write", action="store_true", help="write overload.md beside this script, too")
+    parser.add_argument("--write", action="store_true", help="write overload/SIZE.md beside this script, too")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     export = arguments.export or export_of(arguments.size, arguments.work)
@@ -270,7 +271,8 @@ def main() -> None:
     text = f"# More than the server can answer\n\nServed: {served}. {found}\n{environment('nvidia-pytriton')}"
     print(text)
     if arguments.write:
-        (HERE / "overload.md").write_text(text)
+        (HERE / "overload").mkdir(exist_ok=True)
+        (HERE / "overload" / f"{arguments.size}.md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import numpy as np
 from load_generator import CONNECTIONS, GIVE_UP, KINDS, LATE, NEW_TOKENS, PICTURES, PROMPT
@@ -94,21 +95,23 @@ def report(phases: Sequence[Phase], floods: Sequence[Flood], usual: float) -> st
 
 
 def rates(phases: Sequence[Phase]) -> Table:
-    first = phases[0]
+    """Each overload against the mean of the saturations before and after it: the machine's speed may drift."""
     rows = Table(
         *("", "come/s", "on time", "answered/s", "of saturation's", "server's CPU, cores", "answered per CPU-second"),
         *("of saturation's", "generator's CPU, cores"),
     )
-    for phase in phases:
+    for number, phase in enumerate(phases):
         on_time = (phase.sent - phase.due <= LATE).mean()
+        beside = phases[number - 1 : number + 2 : 2] if phase.rate else []
+        answers, per_cpu_second = phase.answers, phase.answers_per_cpu_second
         rows.add(
             phase.name,
             *((f"{phase.rate:.2f}", f"{on_time:.1%}") if phase.rate else (f"{IN_FLIGHT} in flight", "-")),
-            f"{phase.answers:.2f}",
-            f"{phase.answers / first.answers:.0%}",
+            f"{answers:.2f}",
+            f"{answers / mean(one.answers for one in beside):.0%}" if beside else "",
             f"{phase.server_cpu / phase.seconds:.2f}",
-            f"{phase.answers_per_cpu_second:.2f}",
-            f"{phase.answers_per_cpu_second / first.answers_per_cpu_second:.0%}",
+            f"{per_cpu_second:.2f}",
+            f"{per_cpu_second / mean(one.answers_per_cpu_second for one in beside):.0%}" if beside else "",
             f"{phase.generator_cpu / phase.seconds:.2f}",
         )
     return rows

@@ -238,21 +238,17 @@ def _module(path: Path, name: str) -> ModuleType:
 
 
 def submit(model: Any, requests: Sequence[Request]) -> None:
-    """To a model that answers later, through response senders."""
-    assert model.execute(requests) is None
-    for request in requests:
+    """To a model that answers later, through response senders; what it returns goes the same way."""
+    for request, response in zip(requests, model.execute(requests), strict=True):
         request.take_memory_back()
+        if response is not None:
+            request.get_response_sender().send(response, flags=TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 
 def run(model: Any, requests: Sequence[Request]) -> list[InferenceResponse]:
     """The answers, whether they are returned or sent."""
-    responses = model.execute(requests)
-    for request in requests:
-        request.take_memory_back()
-    if responses is None:
-        return [request.answer() for request in requests]
-    assert len(responses) == len(requests)
-    return responses
+    submit(model, requests)
+    return [request.answer() for request in requests]
 
 
 def finalize(model: Any) -> None:

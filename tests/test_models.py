@@ -909,7 +909,7 @@ def test_an_answer_that_cannot_be_sent_is_tried_as_an_error_and_hurts_nobody_els
             raise fake_triton.TritonModelException("no room")
 
     sender.send = refuse
-    assert model.execute([hindered, other]) is None
+    assert model.execute([hindered, other]) == [None, None]
     assert other.answer().error() is None
     assert code_and_message(hindered.answer()) == ("INTERNAL", "TritonModelException: no room")
     assert [error is None for error in tried] == [True, False]

@@ -35,7 +35,7 @@ def file(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def held(one: Occupancy) -> list[int]:
-    return sorted(one.read()["held"].tolist())
+    return sorted(row.held for row in one.read())
 
 
 def test_what_one_tells_the_others_read(file: Path) -> None:
@@ -45,11 +45,11 @@ def test_what_one_tells_the_others_read(file: Path) -> None:
     engine.came()
     engine.answered()
     engine.answered()
-    (row,) = (row for row in front.read() if row["model"] == BEAM_SEARCH)
-    assert (row["held"], row["waiting"], row["free"], row["answered"]) == (5, 2, 7, 2)
-    assert before <= row["came"] <= time.monotonic_ns()
+    (row,) = (row for row in front.read() if row.model == BEAM_SEARCH)
+    assert (row.held, row.waiting, row.free, row.answered) == (5, 2, 7, 2)
+    assert before <= row.came <= time.monotonic_ns()
     engine.close()
-    assert front.read()["model"].tolist() == [PREPROCESS]
+    assert [row.model for row in front.read()] == [PREPROCESS]
     # Nobody else reads or writes it.
     assert file.stat().st_mode & 0o777 == 0o600
 
@@ -74,7 +74,7 @@ def test_who_has_ended_counts_for_nothing_and_leaves_a_row() -> None:
 def test_a_later_process_of_the_same_number_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     front, other = Occupancy(PREPROCESS), Occupancy(BEAM_SEARCH)
     other._own["started"] -= 1
-    assert front.read()["model"].tolist() == [PREPROCESS]
+    assert [row.model for row in front.read()] == [PREPROCESS]
 
 
 def test_a_zombie_holds_nothing() -> None:

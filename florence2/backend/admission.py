@@ -2,9 +2,7 @@
 
 import time
 
-import numpy as np
-
-from florence2.backend.occupancy import BEAM_SEARCH, Occupancy
+from florence2.backend.occupancy import BEAM_SEARCH, Occupancy, Row
 from florence2.errors import TimeIsOver, Unavailable
 
 ACTIVE = 10.0
@@ -31,20 +29,19 @@ class Admission:
         its turn. `deadline`: on `time.monotonic`'s clock."""
         now = time.monotonic()
         rows = self._occupancy.read()
-        engines, before = rows[rows["model"] == BEAM_SEARCH], rows[rows["model"] != BEAM_SEARCH]
-        if not len(engines):
+        engines = [row for row in rows if row.model == BEAM_SEARCH]
+        if not engines:
             raise Unavailable("beam_search is being started; try again later")
-        coming = int(before["held"].sum())
-        asked = engines[engines["came"] >= (now - ACTIVE) * 1e9]
-        free = int(np.maximum((asked if len(asked) else engines)["free"], 0).sum())
-        if coming >= free:
-            raise Unavailable(f"{coming + int(engines['held'].sum())} requests are here already; try again later")
+        coming = sum(row.held for row in rows if row.model != BEAM_SEARCH)
+        asked = [row for row in engines if row.came >= (now - ACTIVE) * 1e9]
+        if coming >= sum(max(row.free, 0) for row in asked or engines):
+            raise Unavailable(f"{sum(row.held for row in rows)} requests are here already; try again later")
         self._expect(now, deadline, rows)
 
-    def _expect(self, now: float, deadline: float, rows: np.ndarray) -> None:
-        held, answered = int(rows["held"].sum()), int(rows["answered"].sum())
+    def _expect(self, now: float, deadline: float, rows: list[Row]) -> None:
+        held, answered = sum(row.held for row in rows), sum(row.answered for row in rows)
         # While nobody waits, answers come as requests do, and tell nothing of how fast they could.
-        if not (rows["waiting"] > 0).any():
+        if not any(row.waiting > 0 for row in rows):
             self._began = self._pace = None
             return
         began, count = self._began = self._began or (now, answered)

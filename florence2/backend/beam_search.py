@@ -68,18 +68,24 @@ class TritonPythonModel:
         runner = GraphRunner(folder, caches, provider, threads, graphs, options)
         return Engine(runner, Scheduler(runner.caches, *limits))
 
-    def execute(self, requests: Any) -> None:
+    def execute(self, requests: Any) -> list[Any]:
         """Never waits; the engine's thread answers."""
-        for request in requests:
-            responder = Responder(request, self.failed)
-            self.occupancy.came()
-            try:
-                self.engine.submit(self.accept(request, responder))
-            except Exception as error:
-                responder(error)
-                if self.metrics.are_due():
-                    self.report_figures()
+        refusals = [self.submit(request) for request in requests]
         self.tell()
+        return refusals
+
+    def submit(self, request: Any) -> Any:
+        """-> None where the answer comes later, or a refusal."""
+        responder = Responder(request, self.failed)
+        self.occupancy.came()
+        try:
+            self.engine.submit(self.accept(request, responder))
+        except Exception as error:
+            refusal = responder.refusal(error)
+            if self.metrics.are_due():
+                self.report_figures()
+            return refusal
+        return None
 
     def accept(self, request: Any, responder: Responder) -> Request:
         tensors = views(request)

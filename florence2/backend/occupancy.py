@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,19 +20,23 @@ SHM_PREFIX = "FLORENCE2_SHM_PREFIX"
 """The variable of the environment that says how files in /dev/shm begin that go with the server."""
 PREPROCESS, VISION_ENCODER, BEAM_SEARCH = 1, 2, 3
 _ROWS = 256
-_ROW = np.dtype(
-    [
-        ("process", np.int64),
-        ("started", np.int64),
-        ("model", np.int64),
-        ("held", np.int64),
-        ("waiting", np.int64),
-        ("free", np.int64),
-        ("answered", np.int64),
-        ("came", np.int64),
-        ("failed", np.int64),
-    ]
-)
+
+
+class Row(NamedTuple):
+    """What one process tells; times are CLOCK_MONOTONIC's, in nanoseconds."""
+
+    process: int
+    started: int
+    model: int
+    held: int
+    waiting: int
+    free: int
+    answered: int
+    came: int
+    failed: int
+
+
+_ROW = np.dtype([(name, np.int64) for name in Row._fields])
 LOOKED_AT = 0.5
 """Seconds between two looks at who is alive."""
 
@@ -75,13 +80,14 @@ class Occupancy:
     def close(self) -> None:
         self._own["process"] = 0
 
-    def read(self) -> np.ndarray:
-        """The rows of all that live, a copy."""
+    def read(self) -> list[Row]:
+        """The rows of all that live."""
         now = time.monotonic()
         if now >= self._look_next:
             self._look_next = now + LOOKED_AT
             self._living = self._alive()
-        return self._rows[self._living]
+        # Numbers of Python's own: this is read for each request, and NumPy's operations on a handful take longer.
+        return [Row(*row) for row in self._rows[self._living].tolist()]
 
     def _alive(self) -> np.ndarray:
         processes, started = self._rows["process"], self._rows["started"]

@@ -37,9 +37,8 @@ class TritonPythonModel:
         at_once = at_least(0, given, "at_once") or available_cores()
         self.worker = Worker(self.answer, given, Metrics(args, WORKER_COUNTERS, {}), occupancy, at_once, self.check)
 
-    def execute(self, requests: Any) -> None:
-        for request in requests:
-            self.worker.submit(request)
+    def execute(self, requests: Any) -> list[Any]:
+        return [self.worker.submit(request) for request in requests]
 
     def check(self, tensors: Tensors, deadline: float) -> None:
         check_bytes(tensors["image"][0], self.limits)
@@ -60,9 +59,9 @@ class TritonPythonModel:
     def handed_on(self, arrival: Arrival) -> np.ndarray:
         if not self.is_cached:
             return np.array([arrival.nanoseconds, next(self.numbers)])
-        rows = self.occupancy.read()
+        failed = (row.failed for row in self.occupancy.read() if row.model != PREPROCESS)
         # Never an earlier one again, though the process that told it has ended.
-        self.last_error = max(self.last_error, *rows["failed"][rows["model"] != PREPROCESS].tolist(), 0)
+        self.last_error = max(self.last_error, *failed, 0)
         return np.array([0, self.last_error])
 
     def finalize(self) -> None:

@@ -113,7 +113,7 @@ def reason(error: Exception) -> str:
 
 
 class Responder:
-    """Answers one request, once, from any thread, after `execute` has returned."""
+    """Answers one request, once: what `execute` returns for it, or from any thread afterwards."""
 
     def __init__(self, request: Any, failed: Callable[[Exception], None] = lambda error: None) -> None:
         """`failed` is told of an answer that is an error."""
@@ -121,6 +121,11 @@ class Responder:
         self._id = request.request_id()
         self.number = 0
         """As `Arrival` has it."""
+
+    def refusal(self, error: Exception) -> Any:
+        """To be returned by `execute`: a third of what sending it takes."""
+        self._failed(error)
+        return self._response(error)
 
     def __call__(self, answer: Tensors | Exception) -> None:
         if isinstance(answer, Exception):
@@ -135,9 +140,10 @@ class Responder:
 
     def _send(self, answer: Tensors | Exception) -> None:
         # Answer and end in one call: Triton's response cache takes nothing else.
-        self._sender.send(
-            response(answer, f"request {self.number} {self._id!r}"), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        )
+        self._sender.send(self._response(answer), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def _response(self, answer: Tensors | Exception) -> Any:
+        return response(answer, f"request {self.number} {self._id!r}")
 
     def is_cancelled(self) -> bool:
         """Asks the server. Always false behind an ensemble, which passes no cancel on."""

@@ -33,9 +33,8 @@ class TritonPythonModel:
         metrics, occupancy = Metrics(args, WORKER_COUNTERS, {}), Occupancy(VISION_ENCODER)
         self.worker = Worker(self.answer, given, metrics, occupancy, at_least(1, given, "at_once"), self.check)
 
-    def execute(self, requests: Any) -> None:
-        for request in requests:
-            self.worker.submit(request)
+    def execute(self, requests: Any) -> list[Any]:
+        return [self.worker.submit(request) for request in requests]
 
     def check(self, tensors: Tensors, deadline: float) -> None:
         if tensors["pixels"].shape != self.shape:

@@ -69,8 +69,9 @@ class Worker:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, request: Any) -> None:
-        """Never waits. What there is no room for is answered UNAVAILABLE."""
+    def submit(self, request: Any) -> Any:
+        """-> what `execute` returns for it: None where the answer comes later, or a refusal, UNAVAILABLE where there is
+        no room. Never waits."""
         responder = Responder(request, self._failed)
         try:
             tensors = views(request)
@@ -88,8 +89,10 @@ class Worker:
                 self._tell()
                 self._changed.notify()
         except Exception as error:
-            responder(error)
+            refusal = responder.refusal(error)
             self._count()
+            return refusal
+        return None
 
     def _failed(self, error: Exception) -> None:
         self._metrics.failed(error)
