@@ -159,7 +159,7 @@ def _with_decoder(export: Path, decoder: Path, folder: Path) -> Path:
     for file in export.iterdir():
         link = folder / file.name
         link.unlink(missing_ok=True)
-        link.symlink_to(decoder if file.name == decoder.name else file)
+        link.symlink_to((decoder if file.name == decoder.name else file).resolve())
     return folder
 
 
@@ -183,7 +183,7 @@ def _quantized_dynamically(graph: Path, work: Path) -> Path:
 
 
 def _untied(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A Gemm's weights are transposed, so that those which the embedding reads too are copied."""
+    """`replace_gemm_with_matmul` transposes weights in place: those that the embedding reads too are copied first."""
     # Shapes that the exporter noted, and that hold no more after that.
     del model.graph.value_info[:]
     weights = {tensor.name: tensor for tensor in model.graph.initializer}

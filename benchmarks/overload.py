@@ -272,7 +272,7 @@ def main() -> None:
     print(text)
     if arguments.write:
         (HERE / "overload").mkdir(exist_ok=True)
-        (HERE / "overload" / f"{arguments.size}.md").write_text(text)
+        (HERE / "overload" / f"{arguments.export.name if arguments.export else arguments.size}.md").write_text(text)
 
 
 if __name__ == "__main__":

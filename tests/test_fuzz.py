@@ -318,7 +318,7 @@ def test_with_faults_connections_may_be_lost_but_a_server_must_come_back():
     assert "| stop | tritonserver | 1 | never |" in run.markdown()
 
 
-def test_what_goes_with_a_server_is_told_once():
+def test_what_goes_with_a_server_is_told_once(monkeypatch: pytest.MonkeyPatch):
     told: SimpleQueue[End] = SimpleQueue()
     up = threading.Event()
     up.set()
@@ -330,6 +330,17 @@ def test_what_goes_with_a_server_is_told_once():
     assert told.empty()
     # Nothing hostile is sent until some time after it is back.
     assert not up.is_set()
+    ready = False
+    monkeypatch.setattr(watch.served, "is_ready", lambda: ready, raising=False)
+    monkeypatch.setattr("fuzz.watch.CALM", 0)
+    watch._wait_for_calm()
+    assert watch.backs == []
+    ready = True
+    watch._wait_for_calm()
+    assert len(watch.backs) == 1
+    assert not up.is_set()
+    watch._wait_for_calm()
+    assert up.is_set()
 
 
 @pytest.mark.server

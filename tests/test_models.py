@@ -915,6 +915,31 @@ def test_an_answer_that_cannot_be_sent_is_tried_as_an_error_and_hurts_nobody_els
     assert [error is None for error in tried] == [True, False]
 
 
+def test_a_refusal_is_returned_and_not_sent(repository: Path, prepared: list[Tensors]) -> None:
+    """Sent, it costs another message between the processes, which is most of what a refusal costs."""
+    fake_triton.beam_search_with_room()
+    for name, bad in (
+        ("preprocess", request(png(), "<OD>" * 9999)),
+        ("vision_encoder", Request(pixels=np.zeros((1, 1, 3), np.uint8))),
+        ("beam_search", search_request(prepared[0], num_beams=99)),
+    ):
+        (refusal,) = load_model(repository, name).execute([bad])
+        assert code_and_message(refusal)[0] == "INVALID_ARG"
+        sender = bad.get_response_sender()
+        assert sender.sent == []
+        sender.send(refusal, fake_triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def test_an_id_that_is_no_utf8_hurts_nobody(repository: Path, prepared: list[Tensors]) -> None:
+    class Named(Request):
+        def request_id(self) -> str:
+            return b"\x80".decode()
+
+    asked = Named(**{name: tensor.as_numpy()[0] for name, tensor in search_request(prepared[0]).tensors.items()})
+    (answer,) = run(load_model(repository, "beam_search"), [asked])
+    assert answer.error() is None
+
+
 def test_scheduler_limits_come_from_the_config(repository: Path) -> None:
     model = load_model(repository, "beam_search", max_waiting=7, encoder_batch=4, rows=5)
     scheduler: Scheduler = model.engine.scheduler

@@ -130,7 +130,7 @@ def test_a_release_stays_of_the_profile_and_touches_no_other_file(
     repository: Path, demo_export: Path, tmp_path: Path
 ) -> None:
     """Triton would take a change in configs/ for a change of every version."""
-    Repository(repository).tidy("tensorrt")
+    Repository(repository).tidy("tensorrt", engine_cache=tmp_path / "engines")
     before = {path: path.stat().st_mtime_ns for path in repository.glob("*/configs/*")}
     export = Path(shutil.copytree(demo_export, tmp_path / "export"))
     (export / "vision_encoder.plan").write_bytes(b"for this GPU")
@@ -256,6 +256,9 @@ def test_engines_have_a_place_in_a_repository_that_cannot_be_written(
     repository.tidy(engine_cache=tmp_path / "engines")
     with pytest.raises(ValueError, match=r"is not made for --engine-cache /elsewhere, and can't be written: start"):
         repository.tidy(engine_cache=Path("/elsewhere"))
+    (tmp_path / "engines").chmod(0o777)
+    with pytest.raises(ValueError, match=r"engines, where TensorRT's engines are kept, can be written by others"):
+        repository.tidy()
 
 
 @pytest.mark.server
@@ -289,8 +292,8 @@ def test_without_cuda_onnxruntime_is_not_left_to_the_cpu(demo_export: Path) -> N
 
 
 @pytest.mark.parametrize("profile", ["cuda", "tensorrt", "tensorrt-ep"])
-def test_the_wheels_server_has_no_backend_for_a_gpu(repository: Path, profile: str) -> None:
-    Repository(repository).tidy(profile)
+def test_the_wheels_server_has_no_backend_for_a_gpu(repository: Path, profile: str, tmp_path: Path) -> None:
+    Repository(repository).tidy(profile, engine_cache=tmp_path / "engines")
     with pytest.raises(ServerError, match=r"which nvidia-pytriton's server lacks: .* --profile cuda-python"):
         TritonServer(repository).start()
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from florence2.answers import AnswerParser, Detokenizer
-from florence2.backend.tensors import Tensors, copies, response, version_folder, views
+from florence2.backend.tensors import Tensors, copies, request_id, response, version_folder, views
 from florence2.errors import InvalidRequest
 from florence2.manifest import ModelSettings
 from florence2.prompts import parse, read_prompt
@@ -40,7 +40,7 @@ class TritonPythonModel:
             answer = self.answer(views(request))
         except Exception as error:
             answer = error
-        return response(answer, f"request {request.request_id()!r}")
+        return response(answer, f"request {request_id(request)!r}")
 
     def answer(self, tensors: Tensors) -> Tensors:
         self.check(tensors)

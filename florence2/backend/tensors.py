@@ -112,18 +112,26 @@ def reason(error: Exception) -> str:
     return next(reason for kind, reason, _ in _ERRORS if isinstance(error, kind))
 
 
+def request_id(request: Any) -> str:
+    """As its client called it. Triton's HTTP endpoint takes bytes for it that are no UTF-8."""
+    try:
+        return request.request_id()
+    except UnicodeDecodeError:
+        return "?"
+
+
 class Responder:
     """Answers one request, once: what `execute` returns for it, or from any thread afterwards."""
 
     def __init__(self, request: Any, failed: Callable[[Exception], None] = lambda error: None) -> None:
         """`failed` is told of an answer that is an error."""
         self._sender, self._failed = request.get_response_sender(), failed
-        self._id = request.request_id()
+        self._id = request_id(request)
         self.number = 0
         """As `Arrival` has it."""
 
     def refusal(self, error: Exception) -> Any:
-        """To be returned by `execute`: a third of what sending it takes."""
+        """To be returned by `execute`, which costs a message less than sending it."""
         self._failed(error)
         return self._response(error)
 

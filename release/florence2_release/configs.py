@@ -118,14 +118,15 @@ def user_engine_cache() -> Path | None:
     return Path(caches) / "florence2-triton" if os.path.isabs(caches) else None
 
 
-def make_engine_cache(folder: Path) -> None:
+def check_engine_cache(folder: Path) -> None:
     """What lies there is run. Raises ValueError if others may write there."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not folder.is_dir():
+        return
     status = folder.stat()
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or status.st_uid not in (0, os.geteuid()):
         raise ValueError(
-            f"{folder}, where TensorRT's engines are kept, can be written by others, and engines are run: make it "
-            "yours alone (chown, chmod 700), or name another with --engine-cache"
+            f"{folder}, where TensorRT's engines are kept, can be written by others, and engines are run: empty it and "
+            "make it yours alone (chown, chmod 700), or name another with --engine-cache"
         )
 
 

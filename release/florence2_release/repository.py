@@ -274,6 +274,7 @@ class Repository:
                     f"{self.folder} is not made for {' and '.join(asked)}, and can't be written: start the server once "
                     "where it can be"
                 )
+            self._check_engine_caches()
             return
         engine_cache = engine_cache or configs.user_engine_cache()
         try:
@@ -290,15 +291,20 @@ class Repository:
                 for name in self.ensembles():
                     self._write_ensemble(name, self.live(name), self.pins(name))
                 for folder in self._engine_caches():
-                    configs.make_engine_cache(folder)
+                    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except BlockingIOError:
             if changes:
                 raise ValueError(f"another command is at work on {self.folder}; start again when it is done") from None
+        self._check_engine_caches()
 
     def _engine_caches(self) -> set[Path]:
         """Where the models keep TensorRT's engines."""
         places = (configs.engine_cache_of(found) for model in FILES if (found := self.config(model)))
         return {place for place in places if place}
+
+    def _check_engine_caches(self) -> None:
+        for folder in self._engine_caches():
+            configs.check_engine_cache(folder)
 
     def outdated(self) -> list[Path]:
         """Copies of model.py that another release of this package made."""

@@ -48,7 +48,10 @@ def _wholly(rng: Random) -> dict[str, Any]:
         ("num_beams", "INT32", 1),
         ("max_new_tokens", "INT32", 1),
     ]
-    return {"inputs": [{"name": n, "datatype": kind, "shape": [1, 1], "data": [value]} for n, kind, value in inputs]}
+    return {
+        "id": "one",
+        "inputs": [{"name": n, "datatype": kind, "shape": [1, 1], "data": [value]} for n, kind, value in inputs],
+    }
 
 
 def _changed(rng: Random, document: Any) -> Any:

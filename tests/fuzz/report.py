@@ -107,7 +107,7 @@ class Run:
 
     @property
     def may_end(self) -> set[str]:
-        """Processes, by a fault that is none of ours."""
+        """Roles that inputs of this run crash, by a bug of Triton's that is known."""
         return {KINDS[kind].ends for kind in self.kinds} - {""}
 
     @property
@@ -135,8 +135,8 @@ class Run:
             f"{role} took {peak:.0f} MB; {MOST_MB} are allowed" for role, peak in self.peaks.items() if peak > MOST_MB
         ]
         for name, kind in self.kinds.items():
-            # Connections end with a server that was killed on purpose, or that crashes.
-            for outcome in (SILENT,) if self.faults or self.may_end else (SILENT, LOST):
+            # Connections end with a server that was killed on purpose, or that has crashed.
+            for outcome in (SILENT,) if self.faults or self.backs else (SILENT, LOST):
                 if kind.outcomes[outcome]:
                     found.append(f"{name}: {kind.outcomes[outcome]} {outcome}, first {self._example(name, outcome)}")
             if not KINDS[name].over_limit:

@@ -27,7 +27,7 @@ WHOLE = ["tritonserver", "keeper", "serve"]
 GOING = 10
 """Seconds in which the rest of a server goes."""
 CALM = 30
-"""Seconds without hostile inputs after tritonserver has ended: while it ends again and again, nobody is answered."""
+"""Seconds without hostile inputs after tritonserver is back: while it ends again and again, nobody is answered."""
 HELPERS = ("addr2line",)
 """What a crash calls to tell where it was."""
 RESTARTS = 20
