@@ -128,7 +128,7 @@ def graphs(work: Path, rounds: int) -> str:
     prompts = [{"image_features": rng.normal(size=shape).astype(np.float32), **ids} for _ in range(4)]
     rows = Table("graph", "way", "ms", "difference, %")
     for name, feeds in (("vision_encoder", pictures), ("encoder", prompts)):
-        ways = {"fp32": whole / f"{name}.onnx", "a scale per row (shipped)": small / f"{name}.onnx"}
+        ways = {"fp32": whole / f"{name}.onnx", "shipped": small / f"{name}.onnx"}
         ways["a scale per activation"] = _quantized_dynamically(whole / f"{name}.onnx", work)
         ways["static"] = _quantized_statically(whole / f"{name}.onnx", work, feeds[1:])
         sessions = {way: session(path) for way, path in ways.items()}
@@ -141,7 +141,7 @@ def graphs(work: Path, rounds: int) -> str:
             difference = np.abs(graph.run(None, feeds[0])[0] - reference).max() / np.abs(reference).max()
             rows.add(name, way, f"{1e3 * median(times[way][1:]):.0f}", f"{100 * difference:.1f}")
     others = _with_decoder(small, _quantized_dynamically(whole / "decoder.onnx", work), work / "ways" / "export")
-    folders = {"fp32": whole, "a scale per row (shipped)": small, "a scale per activation": others}
+    folders = {"fp32": whole, "shipped": small, "a scale per activation": others}
     for requests in (1, IN_FLIGHT):
         caches = CacheSizes.of(sizes, rows=requests * NUM_BEAMS)
         times = {way: [] for way in folders}

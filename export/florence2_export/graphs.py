@@ -267,6 +267,7 @@ class Graph:
     dynamic_shapes: Callable[[Sizes], tuple]
     input_names: Callable[[Sizes], list[str]]
     output_names: Callable[[Sizes], list[str]]
+    one_picture: bool = False
 
     def signature(self, sizes: Sizes) -> Signature:
         return Signature(
@@ -274,6 +275,7 @@ class Graph:
             dynamic_shapes=self.dynamic_shapes(sizes),
             input_names=self.input_names(sizes),
             output_names=self.output_names(sizes),
+            one_picture=self.one_picture,
         )
 
 
@@ -324,6 +326,7 @@ VISION_ENCODER = Graph(
     dynamic_shapes=lambda s: ({0: Dim("batch")},),
     input_names=lambda s: ["pixels"],
     output_names=lambda s: ["image_features"],
+    one_picture=True,
 )
 ENCODER = Graph(
     name="encoder",

@@ -1,13 +1,17 @@
 """Every multiplication with a weight in 8 bits: what two activations are multiplied to, convolutions and the embedding
 stay float32.
 
-Each row of an activation, a token of one request or a patch of one picture, has its own scale, so that its numbers do
-not depend on what else is in the batch; ONNX Runtime's `quantize_dynamic` gives one scale to the whole tensor.
+Nobody's numbers depend on what else is in the batch. In encoder and decoder each row of an activation, a token of one
+request, has its own scale; ONNX Runtime's `quantize_dynamic` gives one scale to the whole tensor. The vision encoder
+does that too, which is faster for its many rows, and takes one picture a run.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 LEVELS = 127
 """Of an activation, on both sides of ZERO_POINT."""
@@ -17,38 +21,41 @@ WEIGHT_LEVELS = 64
 and AVX-512), and 2 x 255 x 64 still fits. Unsigned weights would have all 8 bits, but no kernel with VNNI or AMX."""
 
 
-def quantize(model: ModelProto) -> None:
-    """In place."""
+def quantize(model: ModelProto, one_picture: bool) -> None:
+    """In place. `one_picture`: a run of this graph is one picture, whose activations have one scale each."""
     graph = model.graph
-    weights = {tensor.name: tensor for tensor in graph.initializer}
-    constants = {
+    if one_picture:
+        for value in (*graph.input, *graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    constants: dict[str, np.ndarray] = {
         "int8.last_axis": np.array([-1]),
-        "int8.least": np.array(np.finfo(np.float32).tiny),
         "int8.step": np.array(1 / LEVELS, np.float32),
         "int8.zero_point": np.array(ZERO_POINT, np.uint8),
     }
     nodes: list[NodeProto] = []
     rows: dict[str, tuple[str, str]] = {}
-    for node in graph.node:
-        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in weights:
-            nodes.append(node)
+    for layer in _linear_layers(graph, weights):
+        if isinstance(layer, NodeProto):
+            nodes.append(layer)
             continue
-        activation, output = node.input[0], node.output[0]
-        if activation not in rows:
-            rows[activation] = _quantize_rows(nodes, activation)
-        quantized, largest = rows[activation]
-        weight = numpy_helper.to_array(weights[node.input[1]])
-        transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-        names = f"{output}.weight", f"{output}.scale"
-        constants |= zip(names, quantized_weight(weight.T if transposed else weight), strict=True)
+        names = f"{layer.output}.weight", f"{layer.output}.scale"
+        constants |= zip(names, quantized_weight(layer.weight), strict=True)
+        if one_picture:
+            inputs = layer.activation, *names, "", layer.bias
+            _add(nodes, "DynamicQuantizeMatMul", inputs, layer.output, domain="com.microsoft")
+            continue
+        if layer.activation not in rows:
+            rows[layer.activation] = _quantize_rows(nodes, layer.activation)
+        quantized, largest = rows[layer.activation]
         # ONNX Runtime makes this of MatMulInteger and its scales, where that of the activation is a single number.
         inputs = quantized, names[0], "int8.step", names[1], "int8.zero_point"
-        product = _add(nodes, "MatMulIntegerToFloat", inputs, f"{output}.product", domain="com.microsoft")
-        if node.op_type == "Gemm" and len(node.input) > 2:
-            scaled = _add(nodes, "Mul", (product, largest), f"{output}.scaled")
-            _add(nodes, "Add", (scaled, node.input[2]), output)
+        product = _add(nodes, "MatMulIntegerToFloat", inputs, f"{layer.output}.product", domain="com.microsoft")
+        if layer.bias:
+            product = _add(nodes, "Mul", (product, largest), f"{layer.output}.scaled")
+            _add(nodes, "Add", (product, layer.bias), layer.output)
         else:
-            _add(nodes, "Mul", (product, largest), output)
+            _add(nodes, "Mul", (product, largest), layer.output)
     del graph.node[:]
     graph.node.extend(nodes)
     # With shapes at hand ONNX Runtime fuses SkipLayerNormalization, which is slower than its parts.
@@ -61,15 +68,47 @@ def quantize(model: ModelProto) -> None:
     model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
 
 
+@dataclass(frozen=True)
+class _Linear:
+    activation: str
+    weight: NDArray[np.float32]
+    """[K, N]"""
+    bias: str
+    """Name of [N]; "" for none."""
+    output: str
+
+
+def _linear_layers(graph: GraphProto, weights: dict[str, np.ndarray]) -> Iterator[NodeProto | _Linear]:
+    """The nodes in their order, multiplications with weights as what they are, the Add of a bias included."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    biases: set[str] = set()
+    for node in graph.node:
+        if node.output[0] in biases:
+            continue
+        if node.op_type not in ("MatMul", "Gemm") or node.input[1] not in weights:
+            yield node
+            continue
+        activation, name, *added = node.input
+        weight, output = weights[name], node.output[0]
+        if any(attribute.name == "transB" and attribute.i for attribute in node.attribute):
+            weight = weight.T
+        following = readers.get(output, [])
+        if node.op_type == "MatMul" and len(following) == 1 and following[0].op_type == "Add":
+            added = [other for other in following[0].input if other in weights and weights[other].ndim == 1]
+            if added:
+                output = following[0].output[0]
+                biases.add(output)
+        yield _Linear(activation, weight, added[0] if added else "", output)
+
+
 def _quantize_rows(nodes: list[NodeProto], name: str) -> tuple[str, str]:
     """-> names of u8 [..., N] and of each row's largest absolute value, f32 [..., 1]."""
-    # One pass less over the activation than with Abs.
-    highest, lowest = (
-        _add(nodes, operator, (name, "int8.last_axis"), f"{name}.{operator}") for operator in ("ReduceMax", "ReduceMin")
-    )
-    negated = _add(nodes, "Neg", (lowest,), f"{name}.negated")
-    # A row of zeros is not divided by 0.
-    largest = _add(nodes, "Max", (highest, negated, "int8.least"), f"{name}.largest")
+    absolute = _add(nodes, "Abs", (name,), f"{name}.absolute")
+    largest = _add(nodes, "ReduceMax", (absolute, "int8.last_axis"), f"{name}.largest")
+    # Of a row of zeros it makes numbers of no meaning, which are multiplied by 0 again.
     share = _add(nodes, "Div", (name, largest), f"{name}.share")
     quantized = _add(nodes, "QuantizeLinear", (share, "int8.step", "int8.zero_point"), f"{name}.quantized")
     return quantized, largest

@@ -66,14 +66,14 @@ def _write_graph(graph: Graph, checkpoint: Checkpoint, sizes: Sizes, folder: Pat
     paths = {precision: folder / "onnx" / f"{graph.name}{suffix}.onnx" for precision, suffix in SUFFIXES.items()}
     # One file each: a browser fetches it whole, and the largest graph of Florence-2-large has 1.5 GB in float32.
     whole = trace(module, signature, half=False)
-    save(whole, paths["fp32"], "fp32", external_data=False)
-    save(trace(module, signature, half=True), paths["fp16"], "fp16", external_data=False)
+    save(whole, signature, paths["fp32"], "fp32", external_data=False)
+    save(trace(module, signature, half=True), signature, paths["fp16"], "fp16", external_data=False)
     if graph is EMBED_TOKENS:
         # There is no multiplication in it to quantise; and browsers download the table too.
         embedding = trace(QuantizedEmbedding(checkpoint.model), signature, half=False)
-        save(embedding, paths["int8"], "fp32", external_data=False)
+        save(embedding, signature, paths["int8"], "fp32", external_data=False)
     else:
-        save(whole, paths["int8"], "int8", external_data=False)
+        save(whole, signature, paths["int8"], "int8", external_data=False)
 
 
 # --- settings files -----------------------------------------------------------------------------------------
@@ -254,6 +254,7 @@ VISION_ENCODER = Graph(
     dynamic_shapes=lambda s: ({0: Dim("batch_size")},),
     input_names=lambda s: ["pixel_values"],
     output_names=lambda s: ["image_features"],
+    one_picture=True,
 )
 EMBED_TOKENS = Graph(
     name="embed_tokens",

@@ -33,11 +33,13 @@ class Signature:
     dynamic_shapes: tuple
     input_names: list[str]
     output_names: list[str]
+    one_picture: bool = False
+    """In 8 bits the batch is 1, see `quantize`."""
 
 
 def write_onnx(module: nn.Module, signature: Signature, path: Path, precision: str, external_data: bool) -> None:
     """`external_data`: weights in PATH.data beside the graph, else in the graph's own file, which ends at 2 GB."""
-    save(trace(module, signature, precision == "fp16"), path, precision, external_data)
+    save(trace(module, signature, precision == "fp16"), signature, path, precision, external_data)
 
 
 def trace(module: nn.Module, signature: Signature, half: bool) -> ONNXProgram:
@@ -60,11 +62,11 @@ def trace(module: nn.Module, signature: Signature, half: bool) -> ONNXProgram:
     return program
 
 
-def save(program: ONNXProgram, path: Path, precision: str, external_data: bool) -> None:
+def save(program: ONNXProgram, signature: Signature, path: Path, precision: str, external_data: bool) -> None:
     """`program`: traced in half for fp16, else not."""
     if precision == "int8":
         model = program.model_proto
-        quantize(model)
+        quantize(model, signature.one_picture)
         ir.save(ir.from_proto(model), path, external_data=f"{path.name}.data" if external_data else None)
     else:
         program.save(path, external_data=external_data)
