@@ -9,8 +9,8 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
-PACKAGES := florence2 export/florence2_export release/florence2_release client/florence2_client training/florence2_training
-SOURCES := $(PACKAGES) export/to_onnx.py export/to_tensorrt.py model_repository demo benchmarks tests
+PACKAGES := florence2 $(foreach room,cli apps release training export evaluation datasets client demo,$(room)/florence2_$(room))
+SOURCES := $(PACKAGES) export/to_onnx.py export/to_tensorrt.py model_repository demo/run.py benchmarks tests
 
 # One release of torch, so that a later build of a package does not bring another. Where only the CPU is used, a CPU build
 # saves gigabytes: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make

@@ -27,7 +27,7 @@ import torch
 from florence2_export.checkpoint import load_checkpoint
 from florence2_export.export import sizes_of
 from florence2_training.corpus import Tokens
-from florence2_training.data.record import Example
+from florence2_datasets.record import Example
 from florence2_training.features import PictureGroups, computer, normalised, open_cache
 from florence2_training.learner import Batches, Florence2Learner
 from florence2_training.order import Batch

@@ -32,7 +32,7 @@ def measure(work: Path, checkpoint: Path, data: Path, settings: list[str], steps
     recipe = work / "recipe.yaml"
     recipe.write_text(f"model: {checkpoint}\noutput_dir: {run}\ntrain: [{{data: {data}}}]\n")
     fixed = [f"max_steps={steps}", "per_device_train_batch_size=1", "gradient_checkpointing=true", "logging_steps=1"]
-    command = [sys.executable, "-m", "florence2.cli", "train", str(recipe), *fixed, "cache_features=false", *settings]
+    command = [sys.executable, "-m", "florence2_cli", "train", str(recipe), *fixed, "cache_features=false", *settings]
     subprocess.run(command, check=True)
     return json.loads((run / "log.jsonl").read_text().splitlines()[-1])["memory_gb"]
 

@@ -90,7 +90,7 @@ def prepare(work: Path) -> tuple[Path, Path]:
     checkpoint, export = work / "base", work / "base-export"
     if not checkpoint.is_dir():
         subprocess.run([sys.executable, HERE / "random_checkpoint.py", checkpoint, "base"], check=True)
-    subprocess.run([sys.executable, "-m", "florence2.cli", "export", checkpoint, "--output", export], check=True)
+    subprocess.run([sys.executable, "-m", "florence2_cli", "export", checkpoint, "--output", export], check=True)
     return checkpoint, export
 
 

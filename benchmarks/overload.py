@@ -226,7 +226,7 @@ def export_of(size: str, work: Path) -> Path:
         checkpoint = work / "base"
         if not checkpoint.is_dir():
             subprocess.run([sys.executable, HERE / "random_checkpoint.py", checkpoint, "base"], check=True)
-    subprocess.run([sys.executable, "-m", "florence2.cli", "export", checkpoint, "--output", export], check=True)
+    subprocess.run([sys.executable, "-m", "florence2_cli", "export", checkpoint, "--output", export], check=True)
     return export
 
 

@@ -18,10 +18,10 @@ from florence2_export import graphs
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export, sizes_of
 from florence2_export.precision import PRECISIONS
-from florence2_training.demo.evaluate import Row, evaluate
-from florence2_training.evaluation.models import OnnxModel
-from florence2_training.evaluation.prediction import Prediction
-from florence2_training.evaluation.question import Question
+from florence2_demo.evaluate import Row, evaluate
+from florence2_evaluation.models import OnnxModel
+from florence2_evaluation.prediction import Prediction
+from florence2_evaluation.question import Question
 from one_request import NUM_BEAMS, prepare
 from report import Table, environment
 from torch import Tensor, nn

@@ -20,7 +20,7 @@ SHOWN = ("AP50", "found@0.5", "exact", "recall@0.5", "read_in_place@0.5", "CER")
 
 
 def florence2(*arguments: object) -> str:
-    command = [sys.executable, "-m", "florence2.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "florence2_cli", *map(str, arguments)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -51,7 +51,7 @@ def main() -> None:
     work = parser.parse_args().work
     data = work / "data"
     if not data.exists():
-        subprocess.run([sys.executable, "-m", "florence2_training.demo", "stamps", data], check=True)
+        subprocess.run([sys.executable, "-m", "florence2_demo", "stamps", data], check=True)
     replayed, minutes = trained(work, "replay", f"replay=[{{data: {data / 'replay.jsonl'}}}]")
     alone, _ = trained(work, "no-replay", "replay=[]")
     new, old = data / "test.jsonl", data / "known.jsonl"

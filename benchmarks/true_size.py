@@ -32,7 +32,7 @@ def measure(name: str, work: Path) -> Measured:
     # In processes of their own: a child's peak memory starts from its parent's (getrusage(2), execve keeps it).
     subprocess.run([sys.executable, HERE / "random_checkpoint.py", checkpoint, name], check=True)
     started = time.monotonic()
-    command = [sys.executable, "-m", "florence2.cli", "export", str(checkpoint), "--output", str(export)]
+    command = [sys.executable, "-m", "florence2_cli", "export", str(checkpoint), "--output", str(export)]
     _, status, usage = os.wait4(os.posix_spawn(sys.executable, command, os.environ), 0)
     if status:
         raise SystemExit(f"the export of {name} failed")

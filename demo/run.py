@@ -12,7 +12,7 @@ from florence2_export.export import export
 from florence2_release.repository import install
 from florence2_release.server import TritonServer
 
-from florence2.cli.ask import describe
+from florence2_cli.ask import describe
 
 HERE = Path(__file__).resolve().parent
 WORK = HERE.parent / "var" / "demo"

@@ -2,7 +2,7 @@
 
 import sys
 
-from florence2.cli import main
+from florence2_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["tensorrt", *sys.argv[1:]]))

@@ -20,7 +20,7 @@ from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_release.repository import Repository
 from PIL import Image
 
-from florence2 import cli
+from  import florence2_cli as cli
 
 PAGES = ["README.md", "benchmarks/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("bash", "python", "js", "yaml", "json", "text")
@@ -162,7 +162,7 @@ class Room:
             if arguments[0] == "ui"
             else [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "health")]
         )
-        command = [sys.executable, "-m", "florence2.cli", *arguments, *free]
+        command = [sys.executable, "-m", "florence2_cli", *arguments, *free]
         with subprocess.Popen(
             command, cwd=self.folder, env=self._environment(), stdout=subprocess.PIPE, text=True
         ) as process:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
-from florence2_client.load import analyzer, inputs, metrics, report
-from florence2_client.load.analyzer import Figures, Level, Outcome, Windows, levels
-from florence2_client.load.metrics import Served
-from florence2_client.load.sweep import STAGE_NAMES, Run
+from florence2_apps.load import analyzer, inputs, metrics, report
+from florence2_apps.load.analyzer import Figures, Level, Outcome, Windows, levels
+from florence2_apps.load.metrics import Served
+from florence2_apps.load.sweep import STAGE_NAMES, Run
 
-from florence2.cli import main
+from florence2_cli import main
 
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"
 SCENE = PICTURES / "scene-1.png"

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from serving import result
 
-from florence2.cli import COMMANDS, main
-from florence2.cli.ask import describe
+from florence2_cli import COMMANDS, main
+from florence2_cli.ask import describe
 
 
 def test_help_names_every_command_and_imports_neither_torch_nor_onnxruntime() -> None:
     code = """
 import sys
-from florence2.cli import main
+from florence2_cli import main
 try:
     main(["--help"])
 except SystemExit as end:

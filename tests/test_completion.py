@@ -19,7 +19,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 
 
 def completion(shell: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "florence2.cli", "completion", shell], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "florence2_cli", "completion", shell], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -68,7 +68,7 @@ def test_tcsh_and_zsh() -> None:
 def test_nothing_heavy_is_imported() -> None:
     code = """
 import sys
-from florence2.cli import main
+from florence2_cli import main
 assert main(["completion", "bash"]) == 0
 heavy = {"torch", "transformers", "onnxruntime", "tritonclient", "onnx", "numpy"} & set(sys.modules)
 assert not heavy, heavy

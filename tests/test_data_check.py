@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from florence2_training.data.check import check
-from florence2_training.data.checkpoint import Lengths
-from florence2_training.data.formats import open_data
-from florence2_training.data.page import write_page
-from florence2_training.data.report import KINDS, LABELS, SHOWN, Report
-from florence2_training.data.rounding import Rounding
+from florence2_datasets.check import check
+from florence2_datasets.checkpoint import Lengths
+from florence2_datasets.formats import open_data
+from florence2_datasets.page import write_page
+from florence2_datasets.report import KINDS, LABELS, SHOWN, Report
+from florence2_datasets.rounding import Rounding
 from PIL import Image, ImageColor
 
-from florence2.cli import main
+from florence2_cli import main
 from florence2.drawing import draw
 
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"

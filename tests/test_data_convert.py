@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from florence2_training.data.convert import convert
-from florence2_training.data.formats import examples, open_data
-from florence2_training.data.record import Example
+from florence2_datasets.convert import convert
+from florence2_datasets.formats import examples, open_data
+from florence2_datasets.record import Example
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from florence2.cli import main
+from florence2_cli import main
 
 WIDTH, HEIGHT = 640, 480
 

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from florence2_training.data.checkpoint import repeats
-from florence2_training.demo import model, tokenizer, words
-from florence2_training.demo.examples import EXAMPLES
-from florence2_training.demo.gallery import Gallery, Truth, draw_gallery, open_gallery
-from florence2_training.demo.lessons import TASK_SHARES, Lessons
-from florence2_training.demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, KINDS, TRAINING, Picture, draw
-from florence2_training.demo.samples import TASKS_OF, Sample, answer
-from florence2_training.demo.stamps import STAMP, draw_stamped, write_all
-from florence2_training.demo.things import Thing, overlap
-from florence2_training.demo.tower import CLASSES, under_tokens
-from florence2_training.demo.train import Recipe, Stage, train
+from florence2_datasets.checkpoint import repeats
+from florence2_demo import model, tokenizer, words
+from florence2_demo.examples import EXAMPLES
+from florence2_demo.gallery import Gallery, Truth, draw_gallery, open_gallery
+from florence2_demo.lessons import TASK_SHARES, Lessons
+from florence2_demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, KINDS, TRAINING, Picture, draw
+from florence2_demo.samples import TASKS_OF, Sample, answer
+from florence2_demo.stamps import STAMP, draw_stamped, write_all
+from florence2_demo.things import Thing, overlap
+from florence2_demo.tower import CLASSES, under_tokens
+from florence2_demo.train import Recipe, Stage, train
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps

@@ -21,7 +21,7 @@ from florence2_release.server import TritonServer
 from packaging.requirements import Requirement
 
 from florence2.backend.figures import COUNTERS, GAUGES
-from florence2.cli import COMMANDS, serve
+from florence2_cli import COMMANDS, serve
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 LOCK = (ROOT / "docker" / "requirements.txt").read_text()

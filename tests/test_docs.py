@@ -21,7 +21,7 @@ from florence2_release.repository import install
 from pages import LANGUAGES, PAGES, Block, Room, blocks, text
 from serving import serve
 
-from florence2 import cli
+from  import florence2_cli as cli
 
 NOT_RUN = {
     ("README.md", "sudo apt"): "changes the machine",
@@ -113,7 +113,7 @@ def exported(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A handful of the generator's pages, in ms-swift's format."""
     folder = tmp_path_factory.mktemp("stamps")
-    command = [sys.executable, "-m", "florence2_training.demo", "stamps", str(folder / "stamps"), "--scale", "0.01"]
+    command = [sys.executable, "-m", "florence2_demo", "stamps", str(folder / "stamps"), "--scale", "0.01"]
     assert subprocess.run(command, capture_output=True).returncode == 0
     return folder / "stamps"
 
@@ -219,7 +219,7 @@ def test_commands_in_sentences_have_options_that_exist(page: str) -> None:
             command = f"{command} {rest[0]}"
         if command not in helps:
             done = subprocess.run(
-                [sys.executable, "-m", "florence2.cli", *command.split(), "--help"], capture_output=True, text=True
+                [sys.executable, "-m", "florence2_cli", *command.split(), "--help"], capture_output=True, text=True
             )
             helps[command] = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
         assert {word for word in rest if word.startswith("--")} <= helps[command] | {"--help"}, arguments

@@ -91,7 +91,7 @@ def test_limits() -> None:
 
 
 def test_training_formats() -> None:
-    from florence2_training.data.formats import FORMATS
+    from florence2_datasets.formats import FORMATS
 
     assert [line[0].strip("`") for line in rows("docs/formats.md", "Training data")[1:]] == list(FORMATS)
 

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT
-from florence2_training.evaluation import captions
-from florence2_training.evaluation import score as score_module
-from florence2_training.evaluation.gallery import BEST, WORST, exhibits
-from florence2_training.evaluation.group import groups
-from florence2_training.evaluation.prediction import Prediction, read_predictions, write_predictions
-from florence2_training.evaluation.report import write_report
-from florence2_training.evaluation.score import score, score_group
+from florence2_evaluation import captions
+from florence2_evaluation import score as score_module
+from florence2_evaluation.gallery import BEST, WORST, exhibits
+from florence2_evaluation.group import groups
+from florence2_evaluation.prediction import Prediction, read_predictions, write_predictions
+from florence2_evaluation.report import write_report
+from florence2_evaluation.score import score, score_group
 from PIL import Image
 
-from florence2.cli import main
+from florence2_cli import main
 
 SCENE = DEMO_CHECKPOINT.parent / "pictures" / "scene-1.png"
 SIZE = (582, 414)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from florence2_training.data.record import Example
-from florence2_training.evaluation import captions, detection, vqa
-from florence2_training.evaluation import score as scores_of
-from florence2_training.evaluation.group import groups
-from florence2_training.evaluation.prediction import Prediction, read_predictions, write_predictions
-from florence2_training.evaluation.question import questions
-from florence2_training.evaluation.score import METRICS, notes, score, score_group
+from florence2_datasets.record import Example
+from florence2_evaluation import captions, detection, vqa
+from florence2_evaluation import score as scores_of
+from florence2_evaluation.group import groups
+from florence2_evaluation.prediction import Prediction, read_predictions, write_predictions
+from florence2_evaluation.question import questions
+from florence2_evaluation.score import METRICS, notes, score, score_group
 from pycocoevalcap.cider.cider import Cider
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval

@@ -25,7 +25,7 @@ from florence2_export.parity import Comparison, Parity, reference_features
 from florence2_export.precision import write_onnx
 from onnx import numpy_helper
 
-from florence2 import cli
+from  import florence2_cli as cli
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request

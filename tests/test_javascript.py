@@ -25,7 +25,7 @@ from florence2_export.parity import reference_features, reference_generate
 from florence2_export.precision import quiet
 from PIL import Image
 
-from florence2 import cli
+from  import florence2_cli as cli
 from florence2.answers import AnswerParser, Detokenizer
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings

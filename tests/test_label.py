@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 from florence2_client import ServerRefused
-from florence2_client.label import Job, Labelled, Source, label, open_source
-from florence2_client.label.journal import Journal
-from florence2_client.label.sources import Picture, Reading
+from florence2_apps.label import Job, Labelled, Source, label, open_source
+from florence2_apps.label.journal import Journal
+from florence2_apps.label.sources import Picture, Reading
 from label_pictures import make_folder, png
 from pyarrow import parquet
 from serving import result
 
-from florence2.cli import main
+from florence2_cli import main
 
 JOB = Job("<OD>", {"min_score": 0.25})
 BAD = png(100)
@@ -211,7 +211,7 @@ def test_an_output_elsewhere_is_ray_s(pictures: Source, tmp_path: Path, capsys: 
 def test_without_a_server(
     pictures: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("florence2_client.label.labelling.RETRIES", 0)
+    monkeypatch.setattr("florence2_apps.label.labelling.RETRIES", 0)
     source, output = str(tmp_path / "list.txt"), str(tmp_path / "out.jsonl")
     assert main(["label", source, "<OD>", "-o", output, "--url", "localhost:1"]) == 1
     error = capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from florence2_client.label import Job, label, open_source
+from florence2_apps.label import Job, label, open_source
 from florence2_release.server import TritonServer
 from label_pictures import make_pictures
 from serving import client, serve, wait_until
@@ -66,7 +66,7 @@ def test_the_same_lines_through_a_kill(
     cluster: str, server: TritonServer, folder: Path, lines: list[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "florence2.cli", "label", str(folder), "<OD>", "-o", str(output)]
+    command = [sys.executable, "-m", "florence2_cli", "label", str(folder), "<OD>", "-o", str(output)]
     command += ["--url", server.grpc_url, "--max-new-tokens", "20", "--num-beams", "1", "--ray", cluster]
     with subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE) as running:
         committed = Path(f"{output}.done", "keys")
@@ -83,7 +83,7 @@ def test_the_same_lines_through_a_kill(
 
 
 def test_from_parquet_to_parquet(cluster: str, server: TritonServer, folder: Path, tmp_path: Path) -> None:
-    from florence2_client.label.ray import label_on_ray
+    from florence2_apps.label.ray import label_on_ray
     from pyarrow import Table, parquet
 
     files = sorted(folder.rglob("*.png"))[:30]
@@ -105,7 +105,7 @@ def test_from_parquet_to_parquet(cluster: str, server: TritonServer, folder: Pat
 def test_a_data_set_of_ones_own(
     cluster: str, server: TritonServer, folder: Path, lines: list[str], tmp_path: Path
 ) -> None:
-    from florence2_client.label.ray import Labeller
+    from florence2_apps.label.ray import Labeller
     from pyarrow import parquet
 
     class Noting(Labeller):
@@ -134,10 +134,10 @@ def test_a_data_set_of_ones_own(
 def test_columns_that_hold_pictures(
     batch_format: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from florence2_client.label.ray import Labeller
+    from florence2_apps.label.ray import Labeller
     from ray.data.block import BlockAccessor
 
-    monkeypatch.setattr("florence2_client.label.ray.Florence2Client", lambda *_, **__: FakeClient())
+    monkeypatch.setattr("florence2_apps.label.ray.Florence2Client", lambda *_, **__: FakeClient())
     paths = sorted(str(path) for path in folder.rglob("*.png"))[:2]
     data = [Path(path).read_bytes() for path in paths]
     columns: dict[str, list[Any]] = {

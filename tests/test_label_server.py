@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from florence2_client import ServerRefused
-from florence2_client.label import Job, label, open_source
+from florence2_apps.label import Job, label, open_source
 from florence2_release.server import TritonServer
 from label_pictures import make_pictures
 from serving import client, serve, wait_until
@@ -48,7 +48,7 @@ def whole(server: TritonServer, folder: Path, tmp_path_factory: pytest.TempPathF
 
 
 def command(server: TritonServer, source: Path, output: Path) -> list[str]:
-    here = [sys.executable, "-m", "florence2.cli", "label", str(source), "<OD>", "-o", str(output)]
+    here = [sys.executable, "-m", "florence2_cli", "label", str(source), "<OD>", "-o", str(output)]
     return [*here, "--url", server.grpc_url, *SETTINGS]
 
 
@@ -129,7 +129,7 @@ def test_what_no_picture_can_help_is_said_once(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from florence2.cli import main
+    from florence2_cli import main
 
     output = tmp_path / "out.jsonl"
     assert main(["label", str(folder), *arguments, "-o", str(output), "--url", server.grpc_url]) == 1

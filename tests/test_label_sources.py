@@ -6,8 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from florence2_client.label import Source, open_source
-from florence2_client.label.sources import Reading
+from florence2_apps.label import Source, open_source
+from florence2_apps.label.sources import Reading
 from label_pictures import make_folder
 from pyarrow import parquet
 

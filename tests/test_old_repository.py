@@ -22,7 +22,7 @@ from florence2_release.rollout import Rollout, roll_back
 from florence2_release.server import TritonServer
 from florence2_release.triton import Triton
 
-from florence2.cli import main
+from florence2_cli import main
 
 ARCHIVE = Path(__file__).parent / "data" / "repository-bb97b87.tar.xz"
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"

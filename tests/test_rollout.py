@@ -31,7 +31,7 @@ from florence2_release.triton import Triton
 from florence2_release.watchdog import Watchdog
 from serving import HANGS, PICTURES, client, wait_until
 
-from florence2.cli import main
+from florence2_cli import main
 from florence2.manifest import Manifest, sha256_of
 
 try:
@@ -76,8 +76,8 @@ def exports(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="module")
 def answers(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     """Token ids that each export gives, in this process."""
-    from florence2_training.evaluation.models import OnnxModel
-    from florence2_training.evaluation.question import Question
+    from florence2_evaluation.models import OnnxModel
+    from florence2_evaluation.question import Question
 
     found = {}
     for name in ("whole", "cut", "stub"):
@@ -282,7 +282,7 @@ configs.write_whole = counted(configs.write_whole)
 repository._take = counted(repository._take)
 repository.shutil.rmtree = counted(repository.shutil.rmtree)
 triton.Triton._load = counted(triton.Triton._load)
-from florence2.cli import main
+from florence2_cli import main
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -533,7 +533,7 @@ def test_a_repository_that_the_server_reads_elsewhere(
 
 def test_the_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fine-tune, release the run, ask for the new class, roll back."""
-    from florence2_training.demo.stamps import write_all
+    from florence2_demo.stamps import write_all
 
     list(write_all(tmp_path / "stamps", 0.001))
     train = tmp_path / "stamps" / "train.jsonl"

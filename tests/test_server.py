@@ -215,7 +215,7 @@ def test_outlives_the_thread_that_started_it(server: TritonServer):
 
 SERVE = """
 import argparse, sys
-from florence2.cli import serve
+from florence2_cli import serve
 parser = argparse.ArgumentParser()
 parser.add_argument("--verbose", action="store_true")
 serve.add_arguments(parser)

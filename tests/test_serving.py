@@ -288,7 +288,7 @@ def test_ask_prints_and_draws(demo: TritonServer, tmp_path: Path) -> None:
 
 def test_ask_without_a_server_says_so_in_one_line() -> None:
     answer = subprocess.run(
-        [sys.executable, "-m", "florence2.cli", "ask", str(SCENE), "<OD>", "--url", "localhost:1"],
+        [sys.executable, "-m", "florence2_cli", "ask", str(SCENE), "<OD>", "--url", "localhost:1"],
         capture_output=True,
         text=True,
     )
@@ -609,7 +609,7 @@ def test_serve_lets_requests_finish_and_tells_how_much_the_cache_has_answered(
     demo_export: Path, tmp_path: Path
 ) -> None:
     install(demo_export, tmp_path / "repository")
-    command = [sys.executable, "-m", "florence2.cli", "serve", "--repository", str(tmp_path / "repository")]
+    command = [sys.executable, "-m", "florence2_cli", "serve", "--repository", str(tmp_path / "repository")]
     command += ["--response-cache", "64"]
     command += [argument for name in ("http", "grpc", "metrics", "health") for argument in (f"--{name}-port", "0")]
 
@@ -640,7 +640,7 @@ def test_serve_lets_requests_finish_and_tells_how_much_the_cache_has_answered(
 
 
 def ask_command(server: TritonServer, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "florence2.cli", "ask", *arguments, "--url", f"127.0.0.1:{server.grpc_port}"]
+    command = [sys.executable, "-m", "florence2_cli", "ask", *arguments, "--url", f"127.0.0.1:{server.grpc_port}"]
     return subprocess.run(command, capture_output=True, text=True)
 
 

@@ -33,7 +33,7 @@ from florence2_training.recipe import PARTS, Lora, Recipe, Source, save_recipe
 from florence2_training.train import Judge, Training, train
 from torch import Tensor, nn
 
-from florence2.cli import main
+from florence2_cli import main
 
 EVERYTHING = Batch(list(range(len(runs.SAMPLES))))
 
@@ -848,7 +848,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Pa
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
-            [*launch, "--main_process_port", "0", "-m", "florence2.cli", "train", str(folder / "recipe.yaml")],
+            [*launch, "--main_process_port", "0", "-m", "florence2_cli", "train", str(folder / "recipe.yaml")],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
-from florence2.cli import main
+from florence2_cli import main
 
 KINDS = {"lora": Lora(), "dora": Lora(use_dora=True), "rslora": Lora(use_rslora=True)}
 

@@ -10,7 +10,7 @@ import pytest
 import runs
 from florence2_export.checkpoint import Checkpoint
 from florence2_training.corpus import Corpus, draw_epoch, read_corpus
-from florence2_training.data.parsing import name_of
+from florence2_datasets.parsing import name_of
 from florence2_training.order import Batch, share_of, steps_of, steps_of_all
 from florence2_training.recipe import Source
 from numpy.typing import NDArray

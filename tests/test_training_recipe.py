@@ -22,8 +22,8 @@ from florence2_training.recipe import (
     settings,
 )
 
-from florence2.cli import main
-from florence2.cli import train as cli_train
+from florence2_cli import main
+from florence2_cli import train as cli_train
 
 
 def recipe_file(folder: Path, text: str) -> Path:

@@ -27,11 +27,11 @@ from florence2_release.server import TritonServer
 from PIL import Image
 from serving import HANGS, counts, serve
 
-from florence2.cli import main
+from florence2_cli import main
 from florence2.images import decode
 from florence2.tasks import TASKS
 
-page = pytest.importorskip("florence2_client.page")
+page = pytest.importorskip("florence2_apps.page")
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 try:
@@ -153,7 +153,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def process(server: TritonServer, kept: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "florence2.cli", "ui", "--url", server.grpc_url, "--http-url", server.http_url]
+    command = [sys.executable, "-m", "florence2_cli", "ui", "--url", server.grpc_url, "--http-url", server.http_url]
     with subprocess.Popen(
         [*command, "--port", "0"],
         env={**os.environ, "GRADIO_TEMP_DIR": str(kept)},

@@ -108,7 +108,7 @@ def test_the_bare_install_calls_a_server(bare: Path, demo_export: Path, tmp_path
     with serve(demo_export, tmp_path) as server:
         picture = str(DEMO_CHECKPOINT.parent / "pictures" / "scene-1.png")
         lines = run(bare, tmp_path, "-c", CALL, picture, server.grpc_url, server.http_url).splitlines()
-        asked = run(bare, tmp_path, "-m", "florence2.cli", "ask", picture, "<CAPTION>", "--url", server.grpc_url)
+        asked = run(bare, tmp_path, "-m", "florence2_cli", "ask", picture, "<CAPTION>", "--url", server.grpc_url)
     assert all(str(bare.parents[1]) in line for line in lines[:2])
     assert lines[2:4] == lines[4:]
     assert asked.strip() == lines[2]
@@ -123,8 +123,8 @@ def test_exports_releases_and_serves(python: Path, tmp_path: Path) -> None:
         pytest.skip(str(error))
     where = run(python, tmp_path, "-c", "import florence2, florence2_release; print(florence2.__file__)")
     assert str(python.parents[1]) in where
-    run(python, tmp_path, "-m", "florence2.cli", "export", str(DEMO_CHECKPOINT), "--output", "export")
-    run(python, tmp_path, "-m", "florence2.cli", "release", "export", "--repository", "models")
+    run(python, tmp_path, "-m", "florence2_cli", "export", str(DEMO_CHECKPOINT), "--output", "export")
+    run(python, tmp_path, "-m", "florence2_cli", "release", "export", "--repository", "models")
     answer = json.loads(run(python, tmp_path, "-c", SERVE, str(DEMO_CHECKPOINT.parent / "pictures" / "scene-1.png")))
     assert len(answer["token_ids"]) <= 4
 

@@ -50,7 +50,7 @@ def prepare(source: str, work: Path, say: Callable[[str], None]) -> Prepared:
 
 def _florence2(*arguments: str) -> None:
     """In a process of its own, behind whatever clients ask. Raises RuntimeError with its last line."""
-    command = ["nice", "-n", "19", sys.executable, "-m", "florence2.cli", *arguments]
+    command = ["nice", "-n", "19", sys.executable, "-m", "florence2_cli", *arguments]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode < 0:
         raise RuntimeError(f"florence2 {arguments[0]} was ended by signal {-done.returncode}; was there memory enough?")

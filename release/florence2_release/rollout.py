@@ -146,9 +146,9 @@ class Rollout:
         if self.gate.data is None:
             self.say("  not scored: the gate has no data")
             return
-        from florence2_training.evaluation.group import groups
-        from florence2_training.evaluation.report import write_report
-        from florence2_training.evaluation.score import score_group
+        from florence2_evaluation.group import groups
+        from florence2_evaluation.report import write_report
+        from florence2_evaluation.score import score_group
 
         sha256 = data_sha256(self.asked)
         with self._asking(release):
@@ -173,7 +173,7 @@ class Rollout:
 
     def _scores_of_running(self, name: str, sha256: str) -> dict[str, float]:
         """From its record, where it was scored on the same data."""
-        from florence2_training.evaluation.score import score
+        from florence2_evaluation.score import score
 
         number = self.repository.live(name)
         if number is None:
@@ -188,7 +188,7 @@ class Rollout:
         return found
 
     def _predictions(self, model: str) -> list[Any]:
-        from florence2_training.evaluation.models import ServedModel
+        from florence2_evaluation.models import ServedModel
 
         return list(ServedModel(self.triton.url, model, in_flight=self.gate.in_flight).predict(self.asked))
 
@@ -406,9 +406,9 @@ def memory_gb(metrics_url: str | None) -> float:
 
 
 def _questions(gate: Gate) -> list[Any]:
-    from florence2_training.data.formats import examples, open_data
-    from florence2_training.data.record import Problem
-    from florence2_training.evaluation.question import questions
+    from florence2_datasets.formats import examples, open_data
+    from florence2_datasets.record import Problem
+    from florence2_evaluation.question import questions
 
     assert gate.data is not None
     images = Path(gate.images) if gate.images else None

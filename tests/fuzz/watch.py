@@ -70,7 +70,7 @@ class Served:
         options = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), ports, strict=True)]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "florence2.cli", "serve", "--repository", str(self.repository), *options],
+                [sys.executable, "-m", "florence2_cli", "serve", "--repository", str(self.repository), *options],
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from florence2.errors import InvalidRequest
 from florence2.prompts import PromptEncoder
-from florence2_training.data.checkpoint import repeats
-from florence2_training.data.formats import Split, examples, open_data
-from florence2_training.data.parsing import name_of
-from florence2_training.data.record import Example, Problem
+from florence2_datasets.checkpoint import repeats
+from florence2_datasets.formats import Split, examples, open_data
+from florence2_datasets.parsing import name_of
+from florence2_datasets.record import Example, Problem
 from florence2_training.recipe import Source
 
 _SHOWN = 5

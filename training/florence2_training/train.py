@@ -29,11 +29,11 @@ from florence2_training import checkpoints, parts
 from florence2_training.adapters import WEIGHTS, add_adapters
 from florence2_training.checkpoints import Progress
 from florence2_training.corpus import Corpus, Tokens, draw_epoch, read_corpus
-from florence2_training.data.parsing import parse_answer
-from florence2_training.evaluation.models import TorchModel
-from florence2_training.evaluation.prediction import Prediction
-from florence2_training.evaluation.question import Question, questions
-from florence2_training.evaluation.score import score
+from florence2_datasets.parsing import parse_answer
+from florence2_evaluation.models import TorchModel
+from florence2_evaluation.prediction import Prediction
+from florence2_evaluation.question import Question, questions
+from florence2_evaluation.score import score
 from florence2_training.features import PictureGroups, computer, open_cache
 from florence2_training.files import write_whole
 from florence2_training.learner import Batches, Florence2Learner, checkpoint_activations

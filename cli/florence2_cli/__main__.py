@@ -1,0 +1,5 @@
+import sys
+
+from florence2_cli import main
+
+sys.exit(main())

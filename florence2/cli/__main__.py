@@ -1,5 +1,0 @@
-import sys
-
-from florence2.cli import main
-
-sys.exit(main())
