@@ -24,17 +24,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from florence2_datasets.record import Example
 from florence2_export.checkpoint import load_checkpoint
 from florence2_export.export import sizes_of
 from florence2_training.corpus import Tokens
-from florence2_datasets.record import Example
 from florence2_training.features import PictureGroups, computer, normalised, open_cache
-from florence2_training.learner import Batches, Florence2Learner
-from florence2_training.order import Batch
-from florence2_training.parts import targets
-from florence2_training.pictures import read_pixels
+from florence2_training.objective import Batches, Florence2Learner
+from florence2_training.pixels import read_pixels
 from florence2_training.recipe import Lora, Recipe, Source
+from florence2_training.sampler import Batch
 from florence2_training.train import train
+from florence2_training.trainable import targets
 from one_request import picture
 from peft import LoraConfig, get_peft_model
 from report import Table, environment

@@ -37,12 +37,12 @@ from report import Table, environment
 from tokenizers import Tokenizer
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
+from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.images import Resizer, decode

@@ -14,24 +14,24 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from bench import PROMPT_IDS
-from florence2_export import graphs
-from florence2_export.checkpoint import Checkpoint, load_checkpoint
-from florence2_export.export import export, sizes_of
-from florence2_export.precision import PRECISIONS
 from florence2_demo.evaluate import Row, evaluate
 from florence2_evaluation.models import OnnxModel
 from florence2_evaluation.prediction import Prediction
 from florence2_evaluation.question import Question
+from florence2_export import graphs
+from florence2_export.checkpoint import Checkpoint, load_checkpoint
+from florence2_export.export import export, sizes_of
+from florence2_export.onnx_files import PRECISIONS
 from one_request import NUM_BEAMS, prepare
 from report import Table, environment
 from torch import Tensor, nn
 
+from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, read_json

@@ -28,11 +28,11 @@ import tritonclient.http as sync_http
 import tritonclient.http.aio as async_http
 from florence2_export.export import export
 from florence2_release.gate import Gate
-from florence2_release.prepare import Prepared
+from florence2_release.make_export import Prepared
+from florence2_release.model_control import Triton
 from florence2_release.repository import Repository, install
 from florence2_release.rollout import Rollout
 from florence2_release.server import TritonServer
-from florence2_release.triton import Triton
 from report import Table, environment
 from safetensors.numpy import load_file, save_file
 from side_by_side import fine_tune

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile
 
-from florence2 import heads
+from florence2 import image_headers
 from florence2.errors import InvalidRequest
 
 # PIL opens what many phones write under the name .jpg, MPO, as JPEG.
@@ -123,7 +123,7 @@ def upright_size(data: bytes, limits: Limits = Limits()) -> tuple[int, int]:
 
 
 def _opened(data: bytes, limits: Limits) -> ImageFile:
-    file = heads.Opening(heads.checked(_plain(data, limits)))
+    file = image_headers.Opening(image_headers.checked(_plain(data, limits)))
     try:
         image = Image.open(file, formats=FORMATS)
         _bound_loading(image)
@@ -219,7 +219,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         if len(raw) > _MAX_RAW_EXIF:
             return None
         # What `getexif` reads.
-        heads.check_tags(image.info.get("exif") or bytes.fromhex("".join(raw.split("\n")[3:])))
+        image_headers.check_tags(image.info.get("exif") or bytes.fromhex("".join(raw.split("\n")[3:])))
         # ImageOps.exif_transpose also writes the EXIF block anew, and fails where that has a tag it can't write.
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:

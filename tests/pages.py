@@ -20,7 +20,7 @@ from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_release.repository import Repository
 from PIL import Image
 
-from  import florence2_cli as cli
+import florence2_cli as cli
 
 PAGES = ["README.md", "benchmarks/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("bash", "python", "js", "yaml", "json", "text")

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import sizes_of
-from florence2_training import parts
+from florence2_training import trainable
 from florence2_training.corpus import Corpus, Tokens, read_corpus
-from florence2_training.learner import Batches
+from florence2_training.objective import Batches
 from florence2_training.recipe import Recipe, Source
 from PIL import Image
 from safetensors.torch import load_file
@@ -105,7 +105,7 @@ def loaded(folder: Path, dropout: float = 0.0, drop_path: float = 0.0, trained: 
     """A fresh native checkpoint, its weights ready to be trained."""
     checkpoint = load_checkpoint(str(native(folder, dropout=dropout, drop_path=drop_path)))
     if trained:
-        parts.freeze(checkpoint.model, [])
+        trainable.freeze(checkpoint.model, [])
     return checkpoint
 
 
@@ -127,7 +127,7 @@ def batches(checkpoint: Checkpoint, folder: Path, features: Any = None, **given:
 def greedy(model: Any, checkpoint: Checkpoint, picture: Path, prompt: str, new_tokens: int = 40) -> str:
     """transformers' own generate."""
     from florence2_training.features import normalised
-    from florence2_training.pictures import read_pixels
+    from florence2_training.pixels import read_pixels
     from transformers.modeling_outputs import BaseModelOutput
 
     model.eval()

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
-from florence2_apps.load import analyzer, inputs, metrics, report
+from florence2_apps.load import analyzer, inputs, measurements, server_counters
 from florence2_apps.load.analyzer import Figures, Level, Outcome, Windows, levels
-from florence2_apps.load.metrics import Served
-from florence2_apps.load.sweep import STAGE_NAMES, Run
-
+from florence2_apps.load.load_levels import STAGE_NAMES, Run
+from florence2_apps.load.server_counters import Served
 from florence2_cli import main
 
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"
@@ -138,7 +137,7 @@ florence2_first_token_seconds_total{model="beam_search",version="1"} 0.25
 
 
 def test_what_the_server_did_between_two_scrapes() -> None:
-    found = metrics.served(metrics.parse(BEFORE), metrics.parse(AFTER), "florence2")
+    found = server_counters.served(server_counters.parse(BEFORE), server_counters.parse(AFTER), "florence2")
     assert (found.requests, found.failed) == (4, 6)
     assert (found.tokens_per_answer, found.tokens_per_step, found.first_token_ms) == (12, 3, 50)
     # Triton's own of a model that answers at once; of one that answers later what the model counts itself.
@@ -154,7 +153,7 @@ def test_what_the_server_did_between_two_scrapes() -> None:
 
 
 def test_a_server_that_answered_nothing() -> None:
-    found = metrics.served(metrics.parse(BEFORE), metrics.parse(BEFORE), "florence2")
+    found = server_counters.served(server_counters.parse(BEFORE), server_counters.parse(BEFORE), "florence2")
     assert found == Served(0, 0, None, None, None, {})
 
 
@@ -164,7 +163,7 @@ def run_of(level: float = 4, protocol: str = "grpc", prompt: str | None = None, 
     return Run(prompt, protocol, Level("concurrency", level), Outcome(**given), Served(50, 0, 11.5, 2.5, 9.0, stages))
 
 
-SETTING = report.Setting(
+SETTING = measurements.Setting(
     "florence2 bench run",
     "2.51.0",
     {"name": "triton", "version": "2.51.0"},
@@ -181,7 +180,7 @@ SETTING = report.Setting(
 def test_the_report_has_the_figures_of_the_csv(tmp_path: Path) -> None:
     wrong = {"figures": None, "stable": False, "errors": ("Output doesn't match expected output",) * 2}
     runs = [run_of(1), run_of(4, stable=False), run_of(1, "http"), run_of(4, "http", **wrong)]
-    report.write(tmp_path, runs, SETTING)
+    measurements.write(tmp_path, runs, SETTING)
     with (tmp_path / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["protocol"], row["concurrency"], row["state"], row["failed"]) for row in rows] == [
@@ -213,7 +212,7 @@ def _text(value: Any) -> str:
 
 
 def test_a_table_of_tasks_names_them(tmp_path: Path) -> None:
-    report.write(tmp_path, [run_of(36, prompt="<OD>"), run_of(36, prompt="<OCR>")], SETTING)
+    measurements.write(tmp_path, [run_of(36, prompt="<OD>"), run_of(36, prompt="<OCR>")], SETTING)
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].startswith("| task | protocol | load | infer/s | average, ms |")
     assert lines[3].startswith("| `<OCR>` | grpc | 36 in flight | 12.3 |")

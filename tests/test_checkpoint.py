@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 from florence2_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
+from florence2_export.checkpoint_settings import MICROSOFT_BANNED_PHRASES
 from florence2_export.layouts import name_in
-from florence2_export.settings import MICROSOFT_BANNED_PHRASES
 from florence2_export.tokenizer import FLORENCE_TOKENS
 from PIL import Image
 from torch import Tensor

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from serving import result
-
 from florence2_cli import COMMANDS, main
 from florence2_cli.ask import describe
+from serving import result
 
 
 def test_help_names_every_command_and_imports_neither_torch_nor_onnxruntime() -> None:

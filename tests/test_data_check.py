@@ -12,15 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from florence2_cli import main
 from florence2_datasets.check import check
 from florence2_datasets.checkpoint import Lengths
+from florence2_datasets.findings import KINDS, LABELS, SHOWN, Report
 from florence2_datasets.formats import open_data
-from florence2_datasets.page import write_page
-from florence2_datasets.report import KINDS, LABELS, SHOWN, Report
 from florence2_datasets.rounding import Rounding
+from florence2_datasets.sample_page import write_page
 from PIL import Image, ImageColor
 
-from florence2_cli import main
 from florence2.drawing import draw
 
 CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from florence2_cli import main
 from florence2_datasets.convert import convert
 from florence2_datasets.formats import examples, open_data
 from florence2_datasets.record import Example
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-
-from florence2_cli import main
 
 WIDTH, HEIGHT = 640, 480
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from florence2_datasets.formats import FORMATS, examples, open_data
-from florence2_datasets.pictures import upright_size
+from florence2_datasets.picture_files import upright_size
 from florence2_datasets.record import Example, Problem
 from hypothesis import given
 from hypothesis import strategies as st

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from florence2_datasets.checkpoint import repeats
-from florence2_demo import model, tokenizer, words
+from florence2_demo import bpe, model, words
+from florence2_demo.build import Recipe, Stage, train
 from florence2_demo.examples import EXAMPLES
-from florence2_demo.gallery import Gallery, Truth, draw_gallery, open_gallery
+from florence2_demo.generators import HELD_OUT, HELD_OUT_NEW_WORDS, KINDS, TRAINING, Picture, draw
 from florence2_demo.lessons import TASK_SHARES, Lessons
-from florence2_demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, KINDS, TRAINING, Picture, draw
+from florence2_demo.picture_store import Gallery, Truth, draw_gallery, open_gallery
 from florence2_demo.samples import TASKS_OF, Sample, answer
 from florence2_demo.stamps import STAMP, draw_stamped, write_all
 from florence2_demo.things import Thing, overlap
 from florence2_demo.tower import CLASSES, under_tokens
-from florence2_demo.train import Recipe, Stage, train
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
@@ -27,7 +27,7 @@ from transformers import AutoProcessor, Florence2Config, Florence2ForConditional
 from florence2.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = tokenizer.build()
+VOCABULARY = bpe.build()
 SIZE = (200, 100)
 CIRCLES = (
     Thing("circle", (0, 0, 20, 10), "red"),

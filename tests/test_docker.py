@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from florence2_cli import COMMANDS, serve
 from florence2_release.server import TritonServer
 from packaging.requirements import Requirement
 
-from florence2.backend.figures import COUNTERS, GAUGES
-from florence2_cli import COMMANDS, serve
+from florence2.backend.metric_names import COUNTERS, GAUGES
 
 COMPOSE = yaml.safe_load((ROOT / "compose.yaml").read_text())
 LOCK = (ROOT / "docker" / "requirements.txt").read_text()

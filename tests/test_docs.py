@@ -21,7 +21,7 @@ from florence2_release.repository import install
 from pages import LANGUAGES, PAGES, Block, Room, blocks, text
 from serving import serve
 
-from  import florence2_cli as cli
+import florence2_cli as cli
 
 NOT_RUN = {
     ("README.md", "sudo apt"): "changes the machine",

@@ -10,7 +10,7 @@ from conftest import ROOT
 from florence2_release.configs import parsed
 from pages import blocks, text
 
-from florence2.backend.figures import COUNTERS, GAUGES
+from florence2.backend.metric_names import COUNTERS, GAUGES
 from florence2.generation.settings import MAX_BEAMS
 from florence2.images import FORMATS as PICTURE_FORMATS
 from florence2.images import PIL_MEGAPIXELS, Limits

@@ -14,13 +14,13 @@ import pytest
 from fake_runner import START, TOKEN, FakeRunner, request
 
 import florence2.generation.engine as engine_module
-from florence2.backend.figures import COUNTERS, FAILED, GAUGES, EngineFigures
+from florence2.backend.metric_names import COUNTERS, FAILED, GAUGES, EngineFigures
 from florence2.errors import Cancelled, InvalidRequest, Unavailable
+from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation
 
 CACHES = CacheSizes(rows=8, decoder_entries=512, encoder_entries=128, entry_values=10)
 PATIENCE = 30

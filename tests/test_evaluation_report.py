@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT
+from florence2_cli import main
 from florence2_evaluation import captions
 from florence2_evaluation import score as score_module
 from florence2_evaluation.gallery import BEST, WORST, exhibits
@@ -19,8 +20,6 @@ from florence2_evaluation.prediction import Prediction, read_predictions, write_
 from florence2_evaluation.report import write_report
 from florence2_evaluation.score import score, score_group
 from PIL import Image
-
-from florence2_cli import main
 
 SCENE = DEMO_CHECKPOINT.parent / "pictures" / "scene-1.png"
 SIZE = (582, 414)

@@ -324,7 +324,7 @@ def test_what_goes_with_a_server_is_told_once(monkeypatch: pytest.MonkeyPatch):
     up.set()
     watch = Watch(SimpleNamespace(server_log=lambda: "its log"), up, told.put)  # type: ignore[arg-type]
     watch._tell(["preprocess"])
-    watch._tell(["keeper", "tritonserver", "preprocess"])
+    watch._tell(["reaper", "tritonserver", "preprocess"])
     watch._tell(["serve"])
     assert [told.get().role, told.get().role] == ["preprocess", "tritonserver"]
     assert told.empty()

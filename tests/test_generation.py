@@ -23,13 +23,13 @@ from transformers import Florence2ForConditionalGeneration, GenerationConfig
 import florence2.generation.engine as engine_module
 import florence2.generation.runner as runner_module
 from florence2.errors import Cancelled, TimeIsOver, Unavailable
+from florence2.generation.beam_search import Generation, banned_tokens
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Candidates, Engine, Runner
 from florence2.generation.memory import Cache
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation, banned_tokens
 from florence2.generation.settings import GenerationSettings
 
 EOS, BOS = 2, 0

@@ -14,7 +14,7 @@ from hostile import mutated, pipe, put
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from  import florence2_cli as cli
+import florence2_cli as cli
 from florence2.manifest import Manifest, ModelSettings
 
 NAN = float("nan")

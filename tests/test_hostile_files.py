@@ -19,7 +19,7 @@ from hostile import pipe, put, refused
 from safetensors.torch import load_file
 from torch import Tensor
 
-from  import florence2_cli as cli
+import florence2_cli as cli
 
 SHARED = "language_model.model.shared.weight"
 FC1 = "language_model.model.encoder.layers.0.fc1.weight"

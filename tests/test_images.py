@@ -19,7 +19,7 @@ from PIL import ExifTags, Image, ImageOps
 from transformers import CLIPImageProcessorPil
 
 from florence2.errors import InvalidRequest, Unavailable
-from florence2.heads import Opening
+from florence2.image_headers import Opening
 from florence2.images import FORMATS, Limits, Resizer, decode
 
 # A busy machine is slow now and then.

@@ -19,13 +19,13 @@ import torch
 from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export, sizes_of
-from florence2_export.greedy import GreedyRunner, pixel_values
+from florence2_export.greedy_parity import GreedyRunner, pixel_values
 from florence2_export.javascript import FILE_NAME, GRAPHS, SUFFIXES, export_javascript
 from florence2_export.parity import reference_features, reference_generate
-from florence2_export.precision import quiet
+from florence2_export.onnx_files import quiet
 from PIL import Image
 
-from  import florence2_cli as cli
+import florence2_cli as cli
 from florence2.answers import AnswerParser, Detokenizer
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings

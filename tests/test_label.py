@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from florence2_client import ServerRefused
 from florence2_apps.label import Job, Labelled, Source, label, open_source
 from florence2_apps.label.journal import Journal
 from florence2_apps.label.sources import Picture, Reading
+from florence2_cli import main
+from florence2_client import ServerRefused
 from label_pictures import make_folder, png
 from pyarrow import parquet
 from serving import result
-
-from florence2_cli import main
 
 JOB = Job("<OD>", {"min_score": 0.25})
 BAD = png(100)

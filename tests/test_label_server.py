@@ -14,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from florence2_client import ServerRefused
 from florence2_apps.label import Job, label, open_source
+from florence2_client import ServerRefused
 from florence2_release.server import TritonServer
 from label_pictures import make_pictures
 from serving import client, serve, wait_until

@@ -22,7 +22,7 @@ from florence2_export.parity import reference_generate
 from florence2_release.repository import install
 from PIL import Image
 
-from florence2.backend.figures import COUNTERS, FAILED, GAUGES
+from florence2.backend.metric_names import COUNTERS, FAILED, GAUGES
 from florence2.generation import engine as engine_module
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine

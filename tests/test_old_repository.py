@@ -14,15 +14,14 @@ from typing import Any
 
 import pytest
 from conftest import DEMO_CHECKPOINT
+from florence2_cli import main
 from florence2_client import Florence2Client
 from florence2_release.gate import Gate
-from florence2_release.prepare import Prepared
+from florence2_release.make_export import Prepared
+from florence2_release.model_control import Triton
 from florence2_release.repository import Repository
 from florence2_release.rollout import Rollout, roll_back
 from florence2_release.server import TritonServer
-from florence2_release.triton import Triton
-
-from florence2_cli import main
 
 ARCHIVE = Path(__file__).parent / "data" / "repository-bb97b87.tar.xz"
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"

@@ -10,10 +10,9 @@ import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_apps.load import inputs
 from florence2_apps.load.analyzer import Analyzer
+from florence2_cli import main
 from florence2_release.server import TritonServer
 from serving import client, serve
-
-from florence2_cli import main
 
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"
 SCENE = PICTURES / "scene-1.png"

@@ -19,19 +19,19 @@ from typing import Any
 import onnx
 import pytest
 from conftest import DEMO_CHECKPOINT
+from florence2_cli import main
 from florence2_client import Florence2Client, ServerRefused
 from florence2_release.gate import Gate, load_gate
 from florence2_release.health import Health, close_health, serve_health
 from florence2_release.installation import ServerError, find_tritonserver
-from florence2_release.prepare import Prepared
+from florence2_release.make_export import Prepared
+from florence2_release.model_control import Triton
 from florence2_release.repository import ENSEMBLE, Release, Repository, install
 from florence2_release.rollout import Refused, Rollout, roll_back
 from florence2_release.server import TritonServer
-from florence2_release.triton import Triton
 from florence2_release.watchdog import Watchdog
 from serving import HANGS, PICTURES, client, wait_until
 
-from florence2_cli import main
 from florence2.manifest import Manifest, sha256_of
 
 try:
@@ -268,7 +268,8 @@ def test_what_is_worse_broken_or_not_what_it_says_is_refused(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from florence2_release import configs, repository, triton
+from florence2_release import configs, repository
+from florence2_release import model_control
 left = int(sys.argv[1])
 def counted(function):
     def call(*arguments, **options):
@@ -281,7 +282,7 @@ def counted(function):
 configs.write_whole = counted(configs.write_whole)
 repository._take = counted(repository._take)
 repository.shutil.rmtree = counted(repository.shutil.rmtree)
-triton.Triton._load = counted(triton.Triton._load)
+model_control.Triton._load = counted(model_control.Triton._load)
 from florence2_cli import main
 sys.exit(main(sys.argv[2:]))
 """

@@ -190,12 +190,12 @@ def test_stubs_go_with_a_killed_server(server: TritonServer):
 
 
 @server_test
-def test_nothing_is_left_when_the_keeper_is_killed(server: TritonServer):
+def test_nothing_is_left_when_the_reaper_is_killed(server: TritonServer):
     server.start()
     server.wait_ready()
     assert server.pid is not None
-    keeper = int(Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[1])
-    os.kill(keeper, signal.SIGKILL)
+    reaper = int(Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(reaper, signal.SIGKILL)
     assert wait_for(lambda: not server.is_alive())
     server.stop()
     group = server.pid

@@ -44,7 +44,7 @@ from serving import (
 from tritonclient import grpc, http
 from tritonclient.utils import InferenceServerException
 
-from florence2.backend.figures import COUNTERS, FAILED, GAUGES
+from florence2.backend.metric_names import COUNTERS, FAILED, GAUGES
 from florence2.generation.caches import CacheSizes
 from florence2.manifest import Manifest
 

@@ -14,7 +14,7 @@ from florence2_export import tensorrt
 from florence2_export.export import export
 from onnx import TensorProto
 
-from  import florence2_cli as cli
+import florence2_cli as cli
 from florence2.manifest import Manifest
 
 OPERATORS = (Path(__file__).parent / "data" / "tensorrt_operators.txt").read_text().splitlines()[1:]

@@ -22,18 +22,17 @@ import pytest
 import runs
 import torch
 from accelerate.state import AcceleratorState
-from florence2_training import checkpoints, loop, parts
+from florence2_cli import main
 from florence2_training import features as features_module
+from florence2_training import loop, run_state, trainable
 from florence2_training.adapters import add_adapters
-from florence2_training.checkpoints import Progress
 from florence2_training.features import FeatureCache, PictureGroups, computer, normalised, open_cache
-from florence2_training.learner import IGNORED, Florence2Learner, checkpoint_activations
-from florence2_training.order import Batch
+from florence2_training.objective import IGNORED, Florence2Learner, checkpoint_activations
 from florence2_training.recipe import PARTS, Lora, Recipe, Source, save_recipe
+from florence2_training.run_state import Progress
+from florence2_training.sampler import Batch
 from florence2_training.train import Judge, Training, train
 from torch import Tensor, nn
-
-from florence2_cli import main
 
 EVERYTHING = Batch(list(range(len(runs.SAMPLES))))
 
@@ -164,7 +163,10 @@ def test_frozen_means_frozen(tmp_path: Path, given: dict[str, Any], monkeypatch:
     def step(*arguments: Any) -> Any:
         model = held[0].model
         modes.append(
-            {part: {found.training for found in module.modules()} for part, module in parts.modules_of(model).items()}
+            {
+                part: {found.training for found in module.modules()}
+                for part, module in trainable.modules_of(model).items()
+            }
         )
         return steps(*arguments)
 
@@ -185,7 +187,7 @@ def test_frozen_means_frozen(tmp_path: Path, given: dict[str, Any], monkeypatch:
     else:
         # lm_head and the copies are the embeddings.
         of = {
-            name: "embeddings" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else parts.part_of(name)
+            name: "embeddings" if name.endswith(("embed_tokens.weight", "lm_head.weight")) else trainable.part_of(name)
             for name in before
         }
         expected = {name for name in before if of[name] in trained and not name.endswith("pos_idx_to_embed")}
@@ -199,12 +201,12 @@ def test_frozen_means_frozen(tmp_path: Path, given: dict[str, Any], monkeypatch:
 def test_a_frozen_part_drops_nothing(tmp_path: Path) -> None:
     checkpoint = runs.loaded(tmp_path / "model", dropout=0.5, drop_path=0.5, trained=False)
     batch = runs.batches(checkpoint, tmp_path / "data")[EVERYTHING]
-    parts.freeze(checkpoint.model, ["vision", "encoder", "decoder"])
-    parts.set_modes(checkpoint.model)
+    trainable.freeze(checkpoint.model, ["vision", "encoder", "decoder"])
+    trainable.set_modes(checkpoint.model)
     learner = learner_of(checkpoint)
     assert torch.equal(learner(batch), learner(batch))
-    parts.freeze(checkpoint.model, ["projector", "encoder", "decoder"])
-    parts.set_modes(checkpoint.model)
+    trainable.freeze(checkpoint.model, ["projector", "encoder", "decoder"])
+    trainable.set_modes(checkpoint.model)
     learner = learner_of(checkpoint)
     assert not torch.equal(learner(batch), learner(batch))
 
@@ -354,7 +356,7 @@ def test_a_run_on_microsofts_layout_goes_on(tmp_path: Path, own_head: bool, monk
         patch.setattr(loop, "_step", lambda *arguments: next(left)(*arguments))
         with pytest.raises(StopIteration):
             train(replace(whole, output_dir=str(tmp_path / "broken")))
-    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path / "broken")] == ["checkpoint-0000001"]
+    assert [path.name for path in run_state.whole_checkpoints(tmp_path / "broken")] == ["checkpoint-0000001"]
     train(replace(whole, output_dir=str(tmp_path / "broken")))
     assert_same(runs.weights(tmp_path / "broken"), expected)
 
@@ -503,7 +505,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pat
     while True:
         process = context.Process(target=_start, args=(str(path),))
         process.start()
-        done = len(checkpoints.whole_checkpoints(run)) if run.exists() else 0
+        done = len(run_state.whole_checkpoints(run)) if run.exists() else 0
         before = steps_of_log(run)
         # Until it has taken a step more, and some milliseconds: anywhere in a step, a validation or a checkpoint.
         while killed < 6 and process.is_alive() and steps_of_log(run) <= before and time.monotonic() - began < 60:
@@ -539,19 +541,19 @@ def saved(folder: Path, step: int, progress: Progress | None = None) -> Path:
         (scratch / "model.bin").write_bytes(bytes(range(100)))
 
     progress = progress or Progress(step=step)
-    return checkpoints.save_checkpoint(folder, progress, save_model, {"a": torch.ones(3)}, [step])
+    return run_state.save_checkpoint(folder, progress, save_model, {"a": torch.ones(3)}, [step])
 
 
 def test_a_checkpoint_holds_what_it_was_given(tmp_path: Path) -> None:
     progress = Progress(12, 0.5, 8, 1, {4: {"loss": 1.0}, 8: {"loss": 0.5}}, True)
     folder = saved(tmp_path, 12, progress)
     assert folder == tmp_path / "checkpoint-0000012"
-    states, processes = checkpoints.load_states(folder)
-    assert checkpoints.load_progress(folder) == progress
+    states, processes = run_state.load_states(folder)
+    assert run_state.load_progress(folder) == progress
     assert torch.equal(states["a"], torch.ones(3))
     assert processes == [12]
     saved(tmp_path, 3)
-    assert checkpoints.whole_checkpoints(tmp_path) == [tmp_path / "checkpoint-0000003", folder]
+    assert run_state.whole_checkpoints(tmp_path) == [tmp_path / "checkpoint-0000003", folder]
 
 
 def test_a_damaged_checkpoint_is_none(tmp_path: Path) -> None:
@@ -562,15 +564,15 @@ def test_a_damaged_checkpoint_is_none(tmp_path: Path) -> None:
         content = (last / name).read_bytes()
         for damaged in (content[:-1], content[: len(content) // 2], b"", bytes([content[0] ^ 1]) + content[1:]):
             (last / name).write_bytes(damaged)
-            assert checkpoints.whole_checkpoints(tmp_path) == [first], name
-            assert checkpoints.newest_whole(tmp_path) == first
+            assert run_state.whole_checkpoints(tmp_path) == [first], name
+            assert run_state.newest_whole(tmp_path) == first
         (last / name).unlink()
-        assert checkpoints.whole_checkpoints(tmp_path) == [first], name
+        assert run_state.whole_checkpoints(tmp_path) == [first], name
         (last / name).write_bytes(content)
-        assert checkpoints.whole_checkpoints(tmp_path) == [first, last]
+        assert run_state.whole_checkpoints(tmp_path) == [first, last]
     for text in ("[]", "{}", '{"files": []}', '{"files": {}}', '{"files": {"model.bin": 3}}', "null"):
         (last / "complete.json").write_text(text)
-        assert checkpoints.whole_checkpoints(tmp_path) == [first], text
+        assert run_state.whole_checkpoints(tmp_path) == [first], text
 
 
 def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
@@ -578,17 +580,17 @@ def test_other_folders_are_no_checkpoints(tmp_path: Path) -> None:
     for name in ("checkpoint-x", ".checkpoint-0000009.part", "checkpoint-2-copy", "best"):
         shutil.copytree(first, tmp_path / name)
     (tmp_path / "checkpoint-0000003").touch()
-    assert checkpoints.whole_checkpoints(tmp_path) == [first]
+    assert run_state.whole_checkpoints(tmp_path) == [first]
 
 
 def test_pruning_keeps_the_last_and_the_best(tmp_path: Path) -> None:
     for step in range(1, 7):
         saved(tmp_path, step)
-    checkpoints.prune(tmp_path, 2, best_step=3)
-    assert [path.name[-1] for path in checkpoints.whole_checkpoints(tmp_path)] == ["3", "5", "6"]
-    checkpoints.prune(tmp_path, 2, best_step=6)
-    assert [path.name[-1] for path in checkpoints.whole_checkpoints(tmp_path)] == ["5", "6"]
-    checkpoints.prune(tmp_path, 2, best_step=None)
+    run_state.prune(tmp_path, 2, best_step=3)
+    assert [path.name[-1] for path in run_state.whole_checkpoints(tmp_path)] == ["3", "5", "6"]
+    run_state.prune(tmp_path, 2, best_step=6)
+    assert [path.name[-1] for path in run_state.whole_checkpoints(tmp_path)] == ["5", "6"]
+    run_state.prune(tmp_path, 2, best_step=None)
     assert [path.name[-1] for path in sorted(tmp_path.iterdir())] == ["5", "6"]
 
 
@@ -611,7 +613,7 @@ def test_a_full_disk_leaves_no_checkpoint(
 ) -> None:
     recipe = runs.recipe(tmp_path, method=method)
     whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
-    run, write, rename, sync = tmp_path / "run", Path.write_text, Path.rename, checkpoints._force_to_disk
+    run, write, rename, sync = tmp_path / "run", Path.write_text, Path.rename, run_state._force_to_disk
 
     def second(path: Path) -> bool:
         return "checkpoint-0000002" in str(path)
@@ -641,14 +643,14 @@ def test_a_full_disk_leaves_no_checkpoint(
             full = torch.save
             patch.setattr(torch, "save", lambda state, path: (_half_written if second(path) else full)(state, path))
         if file == "sync":
-            patch.setattr(checkpoints, "_force_to_disk", lambda path: (_full if second(path) else sync)(path))
+            patch.setattr(run_state, "_force_to_disk", lambda path: (_full if second(path) else sync)(path))
         if file == "rename":
             patch.setattr(Path, "rename", lambda self, to: (_full if second(self) else rename)(self, to))
         with pytest.raises(
             OSError, match=r"checkpoint-0000002 could not be written .*No space left.*; make room there"
         ):
             train(recipe)
-    assert [path.name for path in checkpoints.whole_checkpoints(run)] == ["checkpoint-0000001"]
+    assert [path.name for path in run_state.whole_checkpoints(run)] == ["checkpoint-0000001"]
     assert [path.name for path in run.iterdir() if "0000002" in path.name] == []
     assert train(recipe) == whole
     assert_same(runs.weights(run), runs.weights(tmp_path / "whole"))
@@ -659,7 +661,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, method: str, monkeypatch: py
     recipe = runs.recipe(tmp_path, method=method)
     whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
     last = sorted((tmp_path / "whole").glob("checkpoint-*"))[-1]
-    save, rest = checkpoints.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+    save, rest = run_state.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
     # Longer files can't be written: the state's, then the weights', too.
     for limit in sorted(
         {next(last.glob("*.safetensors")).stat().st_size - 1, (last / "training_state.pt").stat().st_size - 1}
@@ -676,7 +678,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path, method: str, monkeypatch: py
 
         run = tmp_path / f"limit-{limit}"
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoints, "save_checkpoint", limited)
+            patch.setattr(run_state, "save_checkpoint", limited)
             with pytest.raises(OSError, match="checkpoint-0000002 could not be written"):
                 train(replace(recipe, output_dir=str(run)))
         assert [path.name for path in run.glob("*checkpoint-*")] == ["checkpoint-0000001"]
@@ -689,13 +691,13 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path: Path) 
     train(recipe)
     expected = runs.weights(tmp_path / "run")
     for step, name in ((3, "training_state.pt"), (4, "model.safetensors"), (5, "complete.json")):
-        path = checkpoints.folder_of(tmp_path / "run", step) / name
+        path = run_state.folder_of(tmp_path / "run", step) / name
         path.write_bytes(path.read_bytes()[:-7])
     leftover = tmp_path / "run" / ".checkpoint-0000003.part"
     leftover.mkdir()
     (leftover / "model.safetensors").write_bytes(b"half")
     train(recipe)
-    assert len(checkpoints.whole_checkpoints(tmp_path / "run")) == 5
+    assert len(run_state.whole_checkpoints(tmp_path / "run")) == 5
     assert not leftover.exists()
     assert_same(runs.weights(tmp_path / "run"), expected)
     assert steps_logged(tmp_path / "run") == [1, 2, 3, 4, 5]
@@ -715,7 +717,7 @@ def test_loss_that_is_no_number_ends_the_run_before_a_checkpoint(
     monkeypatch.setattr(Florence2Learner, "forward", spoilt)
     with pytest.raises(RuntimeError, match="the loss is no number any more; lower learning_rate"):
         train(runs.recipe(tmp_path))
-    assert [path.name for path in checkpoints.whole_checkpoints(tmp_path / "run")] == ["checkpoint-0000001"]
+    assert [path.name for path in run_state.whole_checkpoints(tmp_path / "run")] == ["checkpoint-0000001"]
 
 
 def test_gradients_that_are_no_numbers_reach_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -756,7 +758,7 @@ def judged(folder: Path, monkeypatch: pytest.MonkeyPatch, values: list[float], *
 
 
 def kept(run: Path) -> list[int]:
-    return [int(path.name[-7:]) for path in checkpoints.whole_checkpoints(run)]
+    return [int(path.name[-7:]) for path in run_state.whole_checkpoints(run)]
 
 
 def test_the_best_is_the_highest_or_the_lowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -881,7 +883,7 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(tmp_path: Pat
         batch = runs.batches(checkpoint, tmp_path / "data")[EVERYTHING]
         if checkpointed:
             checkpoint_activations(checkpoint.model)
-        parts.set_modes(checkpoint.model)
+        trainable.set_modes(checkpoint.model)
         count = 0
 
         def note(tensor: Tensor) -> Tensor:
@@ -917,7 +919,7 @@ def test_gradient_checkpointing_with_adapters(tmp_path: Path) -> None:
         for name, parameter in checkpoint.model.named_parameters():
             if ".lora_B." in name:
                 nn.init.normal_(parameter)
-        parts.set_modes(checkpoint.model)
+        trainable.set_modes(checkpoint.model)
         batch = runs.batches(checkpoint, tmp_path / "data")[EVERYTHING]
         learner_of(checkpoint)(batch).backward()
         found.append(gradients(checkpoint.model))
@@ -997,8 +999,8 @@ def filled(checkpoint: Any, folder: Path, pictures: list[str]) -> FeatureCache:
 
 def test_cached_features_lose_what_pictures_lose(tmp_path: Path) -> None:
     checkpoint = runs.loaded(tmp_path / "model", drop_path=0.3)
-    parts.freeze(checkpoint.model, ["vision"])
-    parts.set_modes(checkpoint.model)
+    trainable.freeze(checkpoint.model, ["vision"])
+    trainable.set_modes(checkpoint.model)
     plain = runs.batches(checkpoint, tmp_path / "data")
     pictures = plain.corpora[0].picture_files
     cache = filled(checkpoint, tmp_path / "features", pictures)
@@ -1139,8 +1141,8 @@ def test_two_processes_are_one_with_twice_the_batch(two_processes: tuple[Path, s
     logs = [[line.get("loss") for line in runs.log(folder / name)] for name in ("one", "two")]
     assert logs[0] == pytest.approx(logs[1], rel=1e-5)
     last = sorted((folder / "two").glob("checkpoint-*"))[-1]
-    assert len(checkpoints.load_states(last)[1]) == 2
-    assert checkpoints.load_progress(last).scores[6]["loss"] == pytest.approx(one.scores[6]["loss"], rel=1e-5)
+    assert len(run_state.load_states(last)[1]) == 2
+    assert run_state.load_progress(last).scores[6]["loss"] == pytest.approx(one.scores[6]["loss"], rel=1e-5)
     assert (folder / "two" / "data" / "1" / "train.jsonl").exists()
     with pytest.raises(ValueError, match="is of a run on 2 processes; go on with as many, or start in another folder"):
         train(split_recipe(folder, "two", 2))

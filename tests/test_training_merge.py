@@ -11,20 +11,19 @@ import checkpoints as make
 import pytest
 import runs
 import torch
+from florence2_cli import main
 from florence2_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
-from florence2_training import checkpoints
+from florence2_training import run_state
 from florence2_training.adapters import CONFIG, WEIGHTS, add_adapters, base_of, load_adapter
 from florence2_training.merge import Merged, merge
-from florence2_training.parts import PRESETS, targets
 from florence2_training.recipe import Lora, Source
 from florence2_training.saving import make_native, save_microsoft, save_native
 from florence2_training.train import train
+from florence2_training.trainable import PRESETS, targets
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoProcessor, Florence2ForConditionalGeneration
-
-from florence2_cli import main
 
 KINDS = {"lora": Lora(), "dora": Lora(use_dora=True), "rslora": Lora(use_rslora=True)}
 
@@ -179,7 +178,7 @@ def test_a_run_gives_its_best_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     best_weights.write_bytes(best_weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match="checkpoint-0000002, the best, is missing or damaged; to merge another, give"):
         merge(run, tmp_path / "none")
-    for folder in checkpoints.whole_checkpoints(run):
+    for folder in run_state.whole_checkpoints(run):
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="has no whole checkpoint yet; `florence2 train` goes on where it stopped"):
         merge(run, tmp_path / "none")

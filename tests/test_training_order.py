@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from florence2_datasets.parsing import name_of
 from florence2_export.checkpoint import Checkpoint
 from florence2_training.corpus import Corpus, draw_epoch, read_corpus
-from florence2_datasets.parsing import name_of
-from florence2_training.order import Batch, share_of, steps_of, steps_of_all
 from florence2_training.recipe import Source
+from florence2_training.sampler import Batch, share_of, steps_of, steps_of_all
 from numpy.typing import NDArray
 
 LOC = "<loc_1><loc_2><loc_3><loc_4>"

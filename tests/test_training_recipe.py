@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import runs
+from florence2_cli import main
+from florence2_cli import train as cli_train
 from florence2_training.files import write_whole
-from florence2_training.parts import PRESETS
 from florence2_training.recipe import (
     LONG_ANSWERS,
     METHODS,
@@ -21,9 +22,7 @@ from florence2_training.recipe import (
     saved_recipe,
     settings,
 )
-
-from florence2_cli import main
-from florence2_cli import train as cli_train
+from florence2_training.trainable import PRESETS
 
 
 def recipe_file(folder: Path, text: str) -> Path:

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT
+from florence2_cli import main
 from florence2_client import Florence2Client, Instances, Result
 from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.server import TritonServer
 from PIL import Image
 from serving import HANGS, counts, serve
 
-from florence2_cli import main
 from florence2.images import decode
 from florence2.tasks import TASKS
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from florence2_apps.load.analyzer import Analyzer, Level
     from florence2_apps.load.inputs import Asked
-    from florence2_apps.load.sweep import Run
+    from florence2_apps.load.load_levels import Run
 
     # Prompt (None: all of the input), protocol and load of each.
     Runs = Sequence[tuple[str | None, str, Level]]
@@ -210,10 +210,10 @@ def _of_tasks(args: argparse.Namespace) -> tuple[dict[str, Any], "Runs"]:
 def _measure(args: argparse.Namespace, analyzer: "Analyzer", made: dict[str, Any], runs: "Runs") -> int:
     import os
 
-    from florence2_apps.load import report
+    from florence2_apps.load import measurements
     from florence2_apps.load.analyzer import Windows
-    from florence2_apps.load.metrics import server_metadata
-    from florence2_apps.load.sweep import Target, sweep
+    from florence2_apps.load.load_levels import Target, sweep
+    from florence2_apps.load.server_counters import server_metadata
 
     windows = Windows(
         args.window_requests,
@@ -222,7 +222,7 @@ def _measure(args: argparse.Namespace, analyzer: "Analyzer", made: dict[str, Any
         getattr(args, "request_distribution", Windows.distribution),
     )
     target = Target({"grpc": args.url, "http": args.http_url}, args.metrics_url, args.model)
-    setting = report.Setting(
+    setting = measurements.Setting(
         command=shlex.join(["florence2", *sys.argv[1:]]),
         perf_analyzer=analyzer.version,
         server=server_metadata(args.http_url),
@@ -231,14 +231,14 @@ def _measure(args: argparse.Namespace, analyzer: "Analyzer", made: dict[str, Any
         validated="validation_data" in made,
         windows=windows,
         load_before=os.getloadavg()[0],
-        machine=report.machine(),
-        date=report.today(),
+        machine=measurements.machine(),
+        date=measurements.today(),
     )
     measured: list[Run] = []
     for one in sweep(analyzer, target, made, runs, windows, progress=lambda line: print(line, file=sys.stderr)):
         measured.append(one)
         # What was measured stays, whatever comes next.
-        report.write(args.output, measured, setting)
-    print(report.markdown(measured), end="")
+        measurements.write(args.output, measured, setting)
+    print(measurements.markdown(measured), end="")
     print(f"\n{args.output / 'report.html'}")
     return int(any(one.failed for one in measured))

@@ -61,7 +61,7 @@ def _check(args: argparse.Namespace) -> int:
     from florence2_datasets.check import check
     from florence2_datasets.checkpoint import Lengths
     from florence2_datasets.formats import open_data
-    from florence2_datasets.page import write_page
+    from florence2_datasets.sample_page import write_page
 
     lengths = Lengths.read(args.checkpoint) if args.checkpoint else None
     splits = [split for path in args.data for split in open_data(path, args.format, args.images)]

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _here(args: argparse.Namespace, source: "Source", job: "Job") -> "Labelled":
-    from florence2_client import Florence2Client, ServerRefused
     from florence2_apps.label.labelling import RETRIES, label
+    from florence2_client import Florence2Client, ServerRefused
     from tqdm import tqdm
 
     if "://" in args.output:

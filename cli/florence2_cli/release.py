@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from florence2_release.prepare import prepare
+    from florence2_release.make_export import prepare
     from florence2_release.repository import Repository, check_name, install
 
     check_name(args.name)
@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
     if args.profile:
         raise ValueError("--profile is for a server that starts; with --url one is running")
     from florence2_release.gate import load_gate
+    from florence2_release.model_control import Triton
     from florence2_release.rollout import Rollout
-    from florence2_release.triton import Triton
 
     gate, triton = load_gate(args.gate), Triton(args.url, args.publish)
     rollout = Rollout(Repository(args.repository), triton, gate, _say, args.metrics_url)

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from florence2_release.model_control import Triton
     from florence2_release.repository import Repository
-    from florence2_release.triton import Triton
 
     if not args.repository.is_dir():
         raise ValueError(f"{args.repository} is no folder; make a repository with `florence2 release`")

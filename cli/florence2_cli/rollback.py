@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from florence2_release.model_control import Triton
     from florence2_release.repository import Repository
     from florence2_release.rollout import roll_back
-    from florence2_release.triton import Triton
 
     repository = Repository(args.repository)
     if not args.repository.is_dir():

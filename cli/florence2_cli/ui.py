@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from florence2_client import Florence2Client
     from florence2_apps.page import Server, build, http_endpoint, serve
+    from florence2_client import Florence2Client
 
     server = Server(args.url, args.model, args.http_url or http_endpoint(args.url))
     # Somebody waits for it: a few seconds, no more.

@@ -16,11 +16,11 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 from florence2.prompts import task_of
 from florence2.tasks import Takes
-from florence2_client.asking import Detail, Settings, Tasks, caption_task, check, check_settings, tensors
 from florence2_client.connection import OVER, Connection, Endpoint, File, Tensor
 from florence2_client.errors import ServerRefused, refused
 from florence2_client.pictures import Image, again, encoded
 from florence2_client.results import CaptionedInstances, Instances, Text, read
+from florence2_client.task_methods import Detail, Settings, Tasks, caption_task, check, check_settings, tensors
 
 Answer = Text | Instances
 T = TypeVar("T")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from florence2.locations import quantize
 from florence2.tasks import AnswerKind, Task
 from florence2_datasets.checkpoint import Lengths, repeats
+from florence2_datasets.findings import Report
 from florence2_datasets.formats import SizeOf, Split, regions, resolve
 from florence2_datasets.parsing import (
     BINS,
@@ -23,7 +24,6 @@ from florence2_datasets.parsing import (
 )
 from florence2_datasets.picture_check import PictureCheck
 from florence2_datasets.record import Example, Problem, Sample
-from florence2_datasets.report import Report
 from florence2_datasets.rounding import Rounding
 
 _SIZE = (BINS, BINS)

@@ -10,7 +10,7 @@ from pathlib import Path
 from florence2.locations import Size
 from florence2_datasets.chats import read_conversations, read_messages, read_prefix, read_queries
 from florence2_datasets.coco import read_coco
-from florence2_datasets.pictures import missing, upright_size
+from florence2_datasets.picture_files import missing, upright_size
 from florence2_datasets.record import Example, Problem, Region, Sample, example
 from florence2_datasets.rows import rows
 from florence2_datasets.voc import find_voc, read_voc

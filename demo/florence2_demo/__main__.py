@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from florence2_demo.train import Recipe, train
+    from florence2_demo.build import Recipe, train
 
     recipe = Recipe() if arguments.seed is None else replace(Recipe(), seed=arguments.seed)
     work = arguments.work or arguments.output.with_name(arguments.output.name + "-work")
@@ -53,10 +53,10 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from florence2_evaluation.models import TorchModel
     from florence2_export.checkpoint import load_checkpoint
 
     from florence2_demo.evaluate import evaluate, markdown
-    from florence2_evaluation.models import TorchModel
 
     checkpoint = load_checkpoint(str(arguments.checkpoint))
     model = TorchModel(checkpoint, batch_size=50, num_beams=1 if arguments.greedy else None)

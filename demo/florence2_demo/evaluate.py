@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tqdm import tqdm
-
 from florence2_datasets.record import Example
-from florence2_demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, Picture, draw
-from florence2_demo.samples import Sample, answer, groups
 from florence2_evaluation.models import Model
 from florence2_evaluation.question import questions
 from florence2_evaluation.score import score
+from tqdm import tqdm
+
+from florence2_demo.generators import HELD_OUT, HELD_OUT_NEW_WORDS, Picture, draw
+from florence2_demo.samples import Sample, answer, groups
 
 _GROUNDING = "<CAPTION_TO_PHRASE_GROUNDING>"
 _ONE_PHRASE = f"{_GROUNDING} one phrase"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from florence2_demo.pictures import HELD_OUT, HELD_OUT_NEW_WORDS, Picture, draw
+from florence2_demo.generators import HELD_OUT, HELD_OUT_NEW_WORDS, Picture, draw
 from florence2_demo.samples import TASKS_OF, answer
 
 SEED = 7

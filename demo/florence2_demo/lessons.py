@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from florence2_datasets.checkpoint import repeats
 from transformers import RobertaTokenizer
 
-from florence2_datasets.checkpoint import repeats
-from florence2_demo.gallery import Gallery
+from florence2_demo.picture_store import Gallery
 from florence2_demo.samples import Sample, answer
 
 TASK_SHARES = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from florence2_export.settings import MICROSOFT_BANNED_PHRASES
+from florence2_export.checkpoint_settings import MICROSOFT_BANNED_PHRASES
 from torch import nn
 from transformers import (
     BartConfig,
@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.models.florence2 import Florence2VisionConfig
 
-from florence2_demo import tokenizer as vocabulary
+from florence2_demo import bpe
 
 SIDE = 96
 GRID = 12
@@ -46,7 +46,7 @@ def processor() -> Florence2Processor:
         "phrase_grounding": {"banned_grounding_tokens": list(MICROSOFT_BANNED_PHRASES)},
         **{answer: {} for answer in (*answers, "description_with_bboxes_or_polygons")},
     }
-    return Florence2Processor(image_processor, vocabulary.build(), post_processor_config=rules)
+    return Florence2Processor(image_processor, bpe.build(), post_processor_config=rules)
 
 
 def config(tokenizer) -> Florence2Config:
@@ -63,7 +63,7 @@ def config(tokenizer) -> Florence2Config:
     )
     layers: dict[str, Any] = {"layers": 2, "ffn_dim": 4 * WIDTH, "attention_heads": 4}
     text = BartConfig(
-        vocab_size=vocabulary.vocabulary_size(tokenizer),
+        vocab_size=bpe.vocabulary_size(tokenizer),
         d_model=WIDTH,
         max_position_embeddings=POSITIONS,
         dropout=0.0,

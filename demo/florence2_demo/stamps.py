@@ -8,7 +8,7 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image, ImageDraw
 
-from florence2_demo.pictures import HELD_OUT, KINDS, TRAINING, Picture, draw
+from florence2_demo.generators import HELD_OUT, KINDS, TRAINING, Picture, draw
 from florence2_demo.samples import TASKS_OF, answer
 from florence2_demo.things import Thing, box_of, font, jittered, overlap
 from florence2_demo.words import COLOURS, TRAINING_WORDS

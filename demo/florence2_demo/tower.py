@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from florence2_training.features import normalised
+from florence2_training.pixels import read_pixels
+from florence2_training.sampler import Batch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.florence2 import Florence2VisionBackbone
 
-from florence2_demo.gallery import Gallery, Truth
 from florence2_demo.model import GRID, WIDTH, processor
+from florence2_demo.picture_store import Gallery, Truth
 from florence2_demo.words import COLOURS, LETTERS, PAGE_OBJECTS, SHAPES
-from florence2_training.features import normalised
-from florence2_training.order import Batch
-from florence2_training.pictures import read_pixels
 
 CLASSES = ("", *SHAPES, *PAGE_OBJECTS, *LETTERS)
 _COLOURS = ("", *COLOURS)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from florence2.drawing import draw
 from florence2.images import decode
-from florence2_evaluation import reading, segmentation
+from florence2_evaluation import segmentation, text_metrics
 from florence2_evaluation.detection import box_ious, match, quad_ious
 from florence2_evaluation.group import Case, Group, Kind
 
@@ -48,7 +48,7 @@ def quality(case: Case, group: Group) -> float:
 
 
 def _text_quality(case: Case, _: float) -> float:
-    return 1 - reading.normalized_distance([(case.answer, case.wanted)])
+    return 1 - text_metrics.normalized_distance([(case.answer, case.wanted)])
 
 
 def _box_quality(case: Case, iou: float) -> float:

@@ -7,9 +7,10 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
+from florence2_datasets.parsing import has_shapes, name_of, parse_answer, task_of
+
 from florence2.prompts import parse
 from florence2.tasks import TASKS, AnswerKind, Task
-from florence2_datasets.parsing import has_shapes, name_of, parse_answer, task_of
 from florence2_evaluation import captions
 from florence2_evaluation.detection import Detection, Pair
 from florence2_evaluation.prediction import Prediction

@@ -13,27 +13,27 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import torch
 from florence2_client import Florence2Client, ServerRefused
+from florence2_datasets.record import Problem
 from florence2_export.checkpoint import Checkpoint
 from florence2_export.export import sizes_of
+from florence2_training.features import normalised
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers.modeling_outputs import BaseModelOutput
 
+from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.images import decode
 from florence2.manifest import Manifest, read_json
-from florence2_datasets.record import Problem
+from florence2_evaluation.model_io import Asked, Wording, predicted, problem, read_picture
 from florence2_evaluation.prediction import Prediction
 from florence2_evaluation.question import Question
-from florence2_evaluation.wording import Asked, Wording, predicted, problem, read_picture
-from florence2_training.features import normalised
 
 Report = Callable[[Problem], None]
 

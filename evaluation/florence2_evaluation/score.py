@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from florence2_evaluation import captions, reading, segmentation, vqa
+from florence2_evaluation import captions, segmentation, text_metrics, vqa
 from florence2_evaluation.detection import MOST_LABELS, Pair, box_ious, match, quad_ious
 from florence2_evaluation.group import Case, Group, Kind, groups
 from florence2_evaluation.prediction import Prediction
@@ -107,13 +107,13 @@ def _overlaps(group: Group) -> list[segmentation.Overlap]:
     return [segmentation.overlap(*pair) for pair in sides]
 
 
-def _pairs(group: Group) -> list[reading.Pair]:
+def _pairs(group: Group) -> list[text_metrics.Pair]:
     return [(case.answer, case.wanted) for case in group.cases]
 
 
-def _words_in_place(group: Group) -> list[reading.Pair]:
+def _words_in_place(group: Group) -> list[text_metrics.Pair]:
     """The texts of quads that lie where one is wanted."""
-    found: list[reading.Pair] = []
+    found: list[text_metrics.Pair] = []
     for case in group.cases:
         pair = case.pair
         for index, other in match(pair.answered, pair.wanted, quad_ious(pair), group.iou, labelled=False):
@@ -173,14 +173,14 @@ METRICS: dict[str, Metric] = {
     "CIDEr-nojava": Metric((Kind.CAPTION,), _caption(captions.cider, False), f"pycocoevalcap {NOT_COMPARABLE}"),
     "BLEU4-nojava": Metric((Kind.CAPTION,), _caption(captions.bleu4, False), f"pycocoevalcap {NOT_COMPARABLE}"),
     "VQA accuracy": Metric((Kind.TEXT,), lambda g: vqa.accuracy(_pairs(g)), "official VQA evaluation, ten answers"),
-    "ANLS": Metric((Kind.TEXT,), lambda g: reading.anls(_pairs(g)), "rapidfuzz; DocVQA's, threshold 0.5"),
-    "CER": Metric((Kind.READING,), lambda g: reading.character_errors(_pairs(g)), "jiwer", False),
-    "WER": Metric((Kind.READING,), lambda g: reading.word_errors(_pairs(g)), "jiwer", False),
-    "NED": Metric((Kind.READING,), lambda g: reading.normalized_distance(_pairs(g)), "rapidfuzz", False),
+    "ANLS": Metric((Kind.TEXT,), lambda g: text_metrics.anls(_pairs(g)), "rapidfuzz; DocVQA's, threshold 0.5"),
+    "CER": Metric((Kind.READING,), lambda g: text_metrics.character_errors(_pairs(g)), "jiwer", False),
+    "WER": Metric((Kind.READING,), lambda g: text_metrics.word_errors(_pairs(g)), "jiwer", False),
+    "NED": Metric((Kind.READING,), lambda g: text_metrics.normalized_distance(_pairs(g)), "rapidfuzz", False),
     "found_quads@{iou}": Metric((Kind.READING_IN_PLACE,), _found_in_place, "share of wanted quads that one covers"),
     "read_in_place@{iou}": Metric((Kind.READING_IN_PLACE,), _read_in_place, "... and whose text is read exactly"),
     "CER_in_place@{iou}": Metric(
-        (Kind.READING_IN_PLACE,), lambda g: reading.character_errors(_words_in_place(g)), "jiwer", False
+        (Kind.READING_IN_PLACE,), lambda g: text_metrics.character_errors(_words_in_place(g)), "jiwer", False
     ),
-    "exact": Metric(_TEXTS, lambda g: reading.exact(_pairs(g)), "equal to a reference"),
+    "exact": Metric(_TEXTS, lambda g: text_metrics.exact(_pairs(g)), "equal to a reference"),
 }

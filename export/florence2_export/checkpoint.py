@@ -10,6 +10,13 @@ from tokenizers import Tokenizer
 from transformers import Florence2ForConditionalGeneration, GenerationConfig
 
 from florence2.fields import CONFIG, GENERATION, check, check_tokens, short
+from florence2_export.checkpoint_settings import (
+    correct_ids,
+    read_banned_phrases,
+    read_generation,
+    read_preprocessor,
+    true_ids,
+)
 from florence2_export.layouts import (
     LM_HEAD,
     POSITION_OFFSET,
@@ -19,13 +26,6 @@ from florence2_export.layouts import (
     check_architecture,
     name_in,
     native_config,
-)
-from florence2_export.settings import (
-    correct_ids,
-    read_banned_phrases,
-    read_generation,
-    read_preprocessor,
-    true_ids,
 )
 from florence2_export.source import SETTINGS, CheckpointError, Source, open_source, told_of_checkpoint
 from florence2_export.tokenizer import FLORENCE_TOKENS, IMAGE, load_tokenizer, special_ids

@@ -19,8 +19,8 @@ from florence2.generation.settings import GenerationSettings
 from florence2.manifest import FILE_NAME, Manifest, Sizes, sha256_of
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.graphs import GRAPHS, Graph
+from florence2_export.onnx_files import OPSET, quiet, write_onnx
 from florence2_export.parity import Comparison
-from florence2_export.precision import OPSET, quiet, write_onnx
 from florence2_export.source import open_source
 
 PACKAGES = ("florence2-triton", "torch", "transformers", "onnx", "onnxscript")

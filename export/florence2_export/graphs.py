@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from florence2.manifest import Sizes
-from florence2_export.precision import Signature
+from florence2_export.onnx_files import Signature
 
 CANDIDATES = 16
 """Continuations the decoder returns per beam: beam search looks at 2 x num_beams of them (HF's `beams_to_keep` with one

@@ -27,8 +27,8 @@ from florence2_export.graphs import (
     softmax_attention,
     split_heads,
 )
-from florence2_export.greedy import GreedyComparison
-from florence2_export.precision import quiet, save, trace
+from florence2_export.greedy_parity import GreedyComparison
+from florence2_export.onnx_files import quiet, save, trace
 from florence2_export.tokenizer import BOS, EOS, PAD
 
 FILE_NAME = "export.json"

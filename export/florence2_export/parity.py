@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from transformers.modeling_outputs import BaseModelOutput
 
+from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Sizes

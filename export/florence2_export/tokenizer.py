@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from florence2.fields import TOKEN, short
 from florence2.manifest import read_json
-from florence2.tokenizer import MEGABYTES, check_vocabulary, read_tokenizer, without_panics
+from florence2.tokenizer_file import MEGABYTES, check_vocabulary, read_tokenizer, without_panics
 from florence2_export.source import CheckpointError, Source, told_of_checkpoint
 
 BOS, PAD, EOS, UNK, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from florence2.backend.figures import COUNTERS, GAUGES, EngineFigures
+from florence2.backend.metric_names import COUNTERS, GAUGES, EngineFigures
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import BEAM_SEARCH, Occupancy
 from florence2.backend.tensors import (
@@ -21,12 +21,12 @@ from florence2.backend.tensors import (
 )
 from florence2.faults import end_process
 from florence2.fields import check_tokens
+from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request, check_tensors
 from florence2.generation.runner import GraphRunner, encoder_options
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import ModelSettings, read_json
 

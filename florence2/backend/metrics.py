@@ -7,7 +7,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from florence2.backend.figures import FAILED
+from florence2.backend.metric_names import FAILED
 from florence2.backend.tensors import REASONS, reason
 
 

@@ -15,7 +15,7 @@ from florence2.backend.tensors import Tensors, copies, request_id, response, ver
 from florence2.errors import InvalidRequest
 from florence2.manifest import ModelSettings
 from florence2.prompts import parse, read_prompt
-from florence2.tokenizer import read_tokenizer
+from florence2.tokenizer_file import read_tokenizer
 
 HANDED_ON = ("token_ids", "token_logprobs", "sequence_score", "finish_reason")
 FINISH_REASONS = (b"stop", b"length")

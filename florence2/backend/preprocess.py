@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from florence2.backend.admission import Admission
-from florence2.backend.figures import WORKER_COUNTERS
+from florence2.backend.metric_names import WORKER_COUNTERS
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import PREPROCESS, Occupancy
 from florence2.backend.tensors import ARRIVAL, Arrival, Tensors, at_least, parameters, version_folder
@@ -18,7 +18,7 @@ from florence2.generation.sessions import available_cores
 from florence2.images import Limits, Resizer, check_bytes, decode, quiet_pil
 from florence2.manifest import ModelSettings, read_json
 from florence2.prompts import PromptEncoder, read_prompt
-from florence2.tokenizer import read_tokenizer
+from florence2.tokenizer_file import read_tokenizer
 
 
 class TritonPythonModel:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from florence2.backend.figures import WORKER_COUNTERS
+from florence2.backend.metric_names import WORKER_COUNTERS
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import VISION_ENCODER, Occupancy
 from florence2.backend.tensors import Arrival, Tensors, at_least, parameters, version_folder

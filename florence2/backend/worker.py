@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from florence2.backend.figures import TIMES
+from florence2.backend.metric_names import TIMES
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import Occupancy
 from florence2.backend.tensors import Arrival, Responder, Tensors, at_least, copies, views

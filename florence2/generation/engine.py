@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from florence2.errors import Cancelled, TimeIsOver, Unavailable
 from florence2.faults import Faults, is_of_the_device
+from florence2.generation.beam_search import Generation
 from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
-from florence2.generation.selection import Generation
 
 logger = logging.getLogger(__name__)
 

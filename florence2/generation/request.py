@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.errors import InvalidRequest
-from florence2.generation.selection import Generation, Selection, start
+from florence2.generation.beam_search import Generation, Selection, start
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Sizes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from florence2.fields import PREPROCESSOR, check, check_tokens, short
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Manifest, Sizes, read_json
-from florence2.tokenizer import read_tokenizer, without_panics
+from florence2.tokenizer_file import read_tokenizer, without_panics
 
 _FRAME = ("<s>", "</s>")
 _LOCATION = re.compile(r"<loc_\d+>")

@@ -16,10 +16,10 @@ from PIL import Image
 
 from florence2.manifest import Manifest
 from florence2_release.gate import Compared, Gate, compare_scores, data_sha256, refusal
-from florence2_release.prepare import Prepared
-from florence2_release.report import write_reports
+from florence2_release.gate_report import write_reports
+from florence2_release.make_export import Prepared
+from florence2_release.model_control import LoadError, Requests, Triton
 from florence2_release.repository import NEXT, Release, Repository
-from florence2_release.triton import LoadError, Requests, Triton
 
 WARM_UP = ("<OD>", "<CAPTION>", "<OCR_WITH_REGION>")
 Say = Callable[[str], None]

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from florence2.backend.occupancy import SHM_PREFIX
-from florence2_release import keeper
+from florence2_release import reaper
 from florence2_release.configs import parsed
 from florence2_release.installation import (
     Installation,
@@ -72,7 +72,7 @@ class TritonServer:
         self.installation: Installation | None = None
         self.pid: int | None = None
         """tritonserver's own, which is its process group's too."""
-        self._keeper: subprocess.Popen[str] | None = None
+        self._reaper: subprocess.Popen[str] | None = None
         self._job: dict = {}
         self._log_fd: int | None = None
 
@@ -143,10 +143,10 @@ class TritonServer:
         if self._log_fd is not None:
             os.close(self._log_fd)
         with open(log, "wb") as output:
-            # Stays readable when the keeper has removed the folder.
+            # Stays readable when the reaper has removed the folder.
             self._log_fd = os.open(log, os.O_RDONLY)
-            self._keeper = subprocess.Popen(
-                [sys.executable, "-I", "-S", keeper.__file__, json.dumps(self._job)],
+            self._reaper = subprocess.Popen(
+                [sys.executable, "-I", "-S", reaper.__file__, json.dumps(self._job)],
                 env={**env, SHM_PREFIX: shm_prefix},
                 cwd=runtime,  # the stub's sys.path starts with its working directory
                 stdin=subprocess.DEVNULL,
@@ -155,11 +155,11 @@ class TritonServer:
                 text=True,
                 start_new_session=True,  # Ctrl-C is for us; we decide when the server stops
             )
-        assert self._keeper.stdout
-        with self._keeper.stdout as stdout:
+        assert self._reaper.stdout
+        with self._reaper.stdout as stdout:
             line = stdout.readline()
         if not line:
-            self._keeper.wait()
+            self._reaper.wait()
             raise ServerError(f"tritonserver could not be started:\n{self.log_tail()}")
         self.pid = int(line)
 
@@ -198,7 +198,7 @@ class TritonServer:
         ]
 
     def is_alive(self) -> bool:
-        return self._keeper is not None and self._keeper.poll() is None
+        return self._reaper is not None and self._reaper.poll() is None
 
     def is_ready(self) -> bool:
         """Whether the server takes requests: not before the models are loaded that it starts with."""
@@ -232,20 +232,20 @@ class TritonServer:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """tritonserver's exit code (128 + n for signal n, as in a shell), None if it runs on."""
-        if self._keeper is None:
+        if self._reaper is None:
             return None
         try:
-            return self._keeper.wait(timeout)
+            return self._reaper.wait(timeout)
         except subprocess.TimeoutExpired:
             return None
 
     def stop(self) -> None:
         """Lets requests in flight finish, for `drain_seconds` at most, and returns when no process is left.
         Does nothing when none runs. Interrupted (Ctrl-C), it ends the server at once."""
-        if self._keeper is None:
+        if self._reaper is None:
             return
         try:
-            self._keeper.terminate()
+            self._reaper.terminate()
             # tritonserver keeps the time itself; what comes on top is for models that don't finish.
             self.wait(self.drain_seconds + 15)
         finally:
@@ -253,15 +253,15 @@ class TritonServer:
 
     def kill(self) -> None:
         """Ends every process of the server at once."""
-        if self._keeper is None:
+        if self._reaper is None:
             return
-        self._keeper.send_signal(signal.SIGQUIT)
+        self._reaper.send_signal(signal.SIGQUIT)
         if self.wait(10) is None:
-            self._keeper.kill()
-            self._keeper.wait()
-        if self._keeper.returncode < 0 and self.pid:  # the keeper itself was killed
-            keeper.kill_group(self.pid)
-            keeper.clean(self._job)
+            self._reaper.kill()
+            self._reaper.wait()
+        if self._reaper.returncode < 0 and self.pid:  # the reaper itself was killed
+            reaper.kill_group(self.pid)
+            reaper.clean(self._job)
 
     def log_text(self) -> str:
         if self._log_fd is None:

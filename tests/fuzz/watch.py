@@ -22,7 +22,7 @@ EVERY = 0.2
 """Seconds between two looks at the processes."""
 START = 120
 """Seconds that a start may take."""
-WHOLE = ["tritonserver", "keeper", "serve"]
+WHOLE = ["tritonserver", "reaper", "serve"]
 """Roles without which there is no server, by what goes first."""
 GOING = 10
 """Seconds in which the rest of a server goes."""
@@ -277,7 +277,7 @@ class Fault:
 
 def roles(served: Served) -> list[str]:
     """Of the processes that may be hit: not what started them."""
-    return sorted({role for role, _ in served.tree.values()} - {"serve", "keeper"})
+    return sorted({role for role, _ in served.tree.values()} - {"serve", "reaper"})
 
 
 def hit(watch: Watch, what: str, role: str, rng: Random) -> None:

@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from florence2_training.parts import targets
 from florence2_training.recipe import Lora
+from florence2_training.trainable import targets
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LORA = re.compile(

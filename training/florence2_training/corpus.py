@@ -8,15 +8,15 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from florence2_datasets.checkpoint import repeats
+from florence2_datasets.formats import Split, examples, open_data
+from florence2_datasets.parsing import name_of
+from florence2_datasets.record import Example, Problem
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from florence2.errors import InvalidRequest
 from florence2.prompts import PromptEncoder
-from florence2_datasets.checkpoint import repeats
-from florence2_datasets.formats import Split, examples, open_data
-from florence2_datasets.parsing import name_of
-from florence2_datasets.record import Example, Problem
 from florence2_training.recipe import Source
 
 _SHOWN = 5

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from florence2_training import parts
-from florence2_training.learner import IGNORED, Florence2Learner
-from florence2_training.order import Batch
+from florence2_training import trainable
+from florence2_training.objective import IGNORED, Florence2Learner
 from florence2_training.recipe import Recipe
+from florence2_training.sampler import Batch
 from florence2_training.train import Training, precision
 
 _SHOWN = 8
@@ -56,7 +56,7 @@ def _batch(training: Training, batch: dict[str, Any]) -> Iterator[str]:
 
 
 def _parameters(training: Training) -> Iterator[str]:
-    found = parts.counts(training.model)
+    found = trainable.counts(training.model)
     for part, (trained, total) in found.items():
         yield f"  {part:<10} {trained:>12,} of {total:>13,}"
     trained, total = (sum(column) for column in zip(*found.values(), strict=True))

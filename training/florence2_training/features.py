@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from florence2_training.parts import raw
-from florence2_training.pictures import read_pixels
+from florence2_training.pixels import read_pixels
+from florence2_training.trainable import raw
 
 # numpy has no bfloat16.
 _STORED = {torch.float32: np.float32, torch.bfloat16: np.int16}

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
 
-from florence2_training import checkpoints
-from florence2_training.checkpoints import Progress
-from florence2_training.order import Batch, share_of
+from florence2_training import run_state
 from florence2_training.progress import Reporter
+from florence2_training.run_state import Progress
+from florence2_training.sampler import Batch, share_of
 
 
 @dataclass(frozen=True)
@@ -221,18 +221,18 @@ def _look_round(
     judges = validation is not None and (ends or (schedule.eval_steps and progress.step % schedule.eval_steps == 0))
     if judges and validation is not None:
         # Validation draws no random numbers that training would have drawn.
-        states = checkpoints.random_states()
+        states = run_state.random_states()
         scores = validation.scores()
-        checkpoints.restore_random_states(states)
+        run_state.restore_random_states(states)
         learnable.set_modes()
         reporter.scores(progress.step, scores)
         _judge(progress, scores, validation, schedule)
     if judges or ends or progress.step % schedule.save_steps == 0:
-        processes = gather_object([checkpoints.random_states()])
+        processes = gather_object([run_state.random_states()])
         if accelerator.is_main_process:
             states = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-            checkpoints.save_checkpoint(run, progress, learnable.save, states, processes)
-            checkpoints.prune(run, schedule.save_total_limit, progress.best_step)
+            run_state.save_checkpoint(run, progress, learnable.save, states, processes)
+            run_state.prune(run, schedule.save_total_limit, progress.best_step)
         accelerator.wait_for_everyone()
 
 
@@ -256,10 +256,10 @@ def _resume(
     scheduler: Any,
     run: Path,
 ) -> Progress:
-    folder = checkpoints.newest_whole(run)
+    folder = run_state.newest_whole(run)
     if folder is None:
         return Progress()
-    states, processes = checkpoints.load_states(folder)
+    states, processes = run_state.load_states(folder)
     if len(processes) != accelerator.num_processes:
         raise ValueError(
             f"{folder} is of a run on {len(processes)} processes; go on with as many, or start in another folder"
@@ -267,5 +267,5 @@ def _resume(
     learnable.load(folder)
     optimizer.load_state_dict(states["optimizer"])
     scheduler.load_state_dict(states["scheduler"])
-    checkpoints.restore_random_states(processes[accelerator.process_index])
-    return checkpoints.load_progress(folder)
+    run_state.restore_random_states(processes[accelerator.process_index])
+    return run_state.load_progress(folder)

@@ -17,10 +17,10 @@ from florence2_export.parity import reference_generate
 from numpy.typing import NDArray
 
 from florence2.prompts import PromptEncoder
-from florence2_training import checkpoints
+from florence2_training import run_state
 from florence2_training.adapters import CONFIG, base_of, load_adapter
 from florence2_training.features import normalised
-from florence2_training.pictures import read_pixels
+from florence2_training.pixels import read_pixels
 from florence2_training.saving import make_native, save_microsoft, save_native
 from florence2_training.train import RUN, set_no_repeat_ngram_size
 
@@ -74,17 +74,17 @@ def _checkpoint_in(run: Path) -> Path:
     if not run.is_dir():
         raise ValueError(f"{run} is no folder; give a run's output_dir, an adapter, or a checkpoint")
     if not (run / RUN).is_file():
-        if run.name.startswith("checkpoint-") and (run / "complete.json").is_file() and not checkpoints.is_whole(run):
+        if run.name.startswith("checkpoint-") and (run / "complete.json").is_file() and not run_state.is_whole(run):
             raise ValueError(f"{run} is damaged; give another checkpoint of its run")
         return run
-    newest = checkpoints.newest_whole(run)
+    newest = run_state.newest_whole(run)
     if newest is None:
         raise ValueError(f"{run} has no whole checkpoint yet; `florence2 train` goes on where it stopped")
-    best_step = checkpoints.load_progress(newest).best_step
+    best_step = run_state.load_progress(newest).best_step
     if best_step is None:
         return newest
-    best = checkpoints.folder_of(run, best_step)
-    if not checkpoints.is_whole(best):
+    best = run_state.folder_of(run, best_step)
+    if not run_state.is_whole(best):
         raise ValueError(f"{best}, the best, is missing or damaged; to merge another, give its folder: {newest}")
     return best
 

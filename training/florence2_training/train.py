@@ -18,6 +18,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from florence2_datasets.parsing import parse_answer
+from florence2_evaluation.models import TorchModel
+from florence2_evaluation.prediction import Prediction
+from florence2_evaluation.question import Question, questions
+from florence2_evaluation.score import score
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import sizes_of
 from numpy.typing import NDArray
@@ -25,21 +30,16 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from florence2.prompts import PromptEncoder, parse
-from florence2_training import checkpoints, parts
+from florence2_training import run_state, trainable
 from florence2_training.adapters import WEIGHTS, add_adapters
-from florence2_training.checkpoints import Progress
 from florence2_training.corpus import Corpus, Tokens, draw_epoch, read_corpus
-from florence2_datasets.parsing import parse_answer
-from florence2_evaluation.models import TorchModel
-from florence2_evaluation.prediction import Prediction
-from florence2_evaluation.question import Question, questions
-from florence2_evaluation.score import score
 from florence2_training.features import PictureGroups, computer, open_cache
 from florence2_training.files import write_whole
-from florence2_training.learner import Batches, Florence2Learner, checkpoint_activations
 from florence2_training.loop import Schedule, Validation, fit, loader, make_scheduler
-from florence2_training.order import Batch, steps_of
+from florence2_training.objective import Batches, Florence2Learner, checkpoint_activations
 from florence2_training.recipe import Recipe, save_recipe, saved_recipe
+from florence2_training.run_state import Progress
+from florence2_training.sampler import Batch, steps_of
 from florence2_training.saving import make_native, save_native
 
 RECIPE, RUN = "recipe.yaml", "run.json"
@@ -58,13 +58,13 @@ def train(recipe: Recipe) -> Progress:
     with _claimed(run, recipe) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         training = Training.prepare(recipe, run, accelerator)
-        frozen = parts.frozen_sha256(training.model)
+        frozen = trainable.frozen_sha256(training.model)
         if accelerator.is_main_process:
             training.describe(run, frozen, accelerator.mixed_precision)
-        if recipe.cache_features and "vision" not in parts.trained_parts(training.model):
+        if recipe.cache_features and "vision" not in trainable.trained_parts(training.model):
             training.cache_features(accelerator, run)
         progress = training.fit(accelerator, run)
-        if parts.frozen_sha256(training.model) != frozen:
+        if trainable.frozen_sha256(training.model) != frozen:
             raise RuntimeError("weights that were to stay frozen have changed; this run's checkpoints can't be trusted")
         return progress
 
@@ -113,8 +113,8 @@ class Training:
         if recipe.method == "lora":
             adapted = add_adapters(model, recipe.lora, recipe.model, checkpoint.revision)
         else:
-            parts.freeze(model, recipe.freeze)
-        if not parts.trained_parts(model):
+            trainable.freeze(model, recipe.freeze)
+        if not trainable.trained_parts(model):
             raise ValueError("freeze names every part: nothing would be trained")
         if recipe.gradient_checkpointing:
             checkpoint_activations(model)
@@ -229,7 +229,7 @@ class Training:
         groups: dict[tuple[str, bool], list[Any]] = {}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((parts.part_of(name), parameter.ndim > 1), []).append(parameter)
+                groups.setdefault((trainable.part_of(name), parameter.ndim > 1), []).append(parameter)
         idle = set(self.recipe.learning_rates) - {part for part, _ in groups}
         if idle:
             raise ValueError(f"learning_rates names {', '.join(sorted(idle))}, which is not trained")
@@ -245,7 +245,7 @@ class Training:
         ]
 
     def set_modes(self) -> None:
-        parts.set_modes(self.model)
+        trainable.set_modes(self.model)
 
     def save(self, folder: Path) -> None:
         if self.adapted is not None:
@@ -278,12 +278,13 @@ class Training:
             "mixed_precision": mixed_precision,
             "frozen_sha256": frozen,
             "parameters": {
-                part: {"trained": trained, "all": total} for part, (trained, total) in parts.counts(self.model).items()
+                part: {"trained": trained, "all": total}
+                for part, (trained, total) in trainable.counts(self.model).items()
             },
             "attention": self.model.config._attn_implementation,
             "packages": {name: version(name) for name in _PACKAGES},
         }
-        if checkpoints.newest_whole(run) and (run / RUN).exists():
+        if run_state.newest_whole(run) and (run / RUN).exists():
             before = json.loads((run / RUN).read_text())
             same = ("sha256", "data", "mixed_precision", "frozen_sha256")
             if changed := [name for name in same if before[name] != content[name]]:
@@ -399,7 +400,7 @@ _OURS = (_LOCK, f".{RECIPE}.part")
 def _claim(run: Path, recipe: Recipe) -> None:
     path = run / RECIPE
     # A recipe that came to nothing can be mended.
-    if path.exists() and checkpoints.newest_whole(run):
+    if path.exists() and run_state.newest_whole(run):
         before, now = (_flat(asdict(found)) for found in (saved_recipe(path), recipe))
         # The folder may have been moved; where features lie changes nothing.
         free = {"output_dir", "features_dir", "dataloader_num_workers", "tensorboard"}

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from florence2_client.errors import ServerRefused
+from florence2_client.results import Result
 
 from florence2.answers import AnswerParser, Decoded
 from florence2.locations import Size
 from florence2.prompts import task_of
-from florence2_client.errors import ServerRefused
-from florence2_client.results import Result
 
 if TYPE_CHECKING:
     import pyarrow as pa

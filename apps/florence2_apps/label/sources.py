@@ -10,9 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
+from florence2_client.pictures import Image, encoded
+
 from florence2.images import SUFFIXES, upright_size
 from florence2.locations import Size
-from florence2_client.pictures import Image, encoded
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem

@@ -8,8 +8,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from florence2_client.coco import CocoRows
 from florence2_apps.label.job import Job
+from florence2_client.coco import CocoRows
 from florence2_client.results import read_instances
 
 _ROWS = 1000

@@ -5,12 +5,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from florence2_client import Instances, Text
+from florence2_client.results import Box
 from PIL import Image
 
 from florence2.drawing import draw
 from florence2.images import decode
-from florence2_client import Instances, Text
-from florence2_client.results import Box
 
 _LARGEST = 2048
 """Pixels on the longer side of what a browser is sent."""

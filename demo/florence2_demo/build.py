@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from florence2_export.checkpoint import load_checkpoint
-
 from florence2_training import recipe as recipes
-from florence2_training.checkpoints import whole_checkpoints
-from florence2_demo import model as small
-from florence2_demo import tokenizer as vocabulary
-from florence2_demo.gallery import draw_gallery, kind_of, open_gallery
-from florence2_demo.lessons import Lessons
-from florence2_demo.tower import Lookings, Tower, TowerLearner
 from florence2_training.loop import Schedule, fit
-from florence2_training.order import steps_of_all
+from florence2_training.run_state import whole_checkpoints
+from florence2_training.sampler import steps_of_all
 from florence2_training.train import train as carry_out
+
+from florence2_demo import bpe
+from florence2_demo import model as small
+from florence2_demo.lessons import Lessons
+from florence2_demo.picture_store import draw_gallery, kind_of, open_gallery
+from florence2_demo.tower import Lookings, Tower, TowerLearner
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def train(recipe: Recipe, output: Path, work: Path) -> None:
 def _teach_tower(accelerator: Accelerator, recipe: Recipe, work: Path) -> Path:
     """The tower alone, asked at every image token what lies under it -> the checkpoint's folder."""
     folder = work / "tower-checkpoint"
-    model = small.initialise(vocabulary.build(), recipe.seed)
+    model = small.initialise(bpe.build(), recipe.seed)
     tower = Tower(model.model.vision_tower).to(accelerator.device)
     gallery = open_gallery(work)
     stage = recipe.tower
@@ -114,7 +114,7 @@ def _teach_text(
     lines = work / f"{name}.jsonl"
     with accelerator.main_process_first():
         if accelerator.is_main_process and not lines.exists():
-            lessons = Lessons(vocabulary.build(), open_gallery(work), recipe.seed + len(name))
+            lessons = Lessons(bpe.build(), open_gallery(work), recipe.seed + len(name))
             lessons.write(lines, pictures, stage.steps * stage.batch)
     run = work / name
     carry_out(

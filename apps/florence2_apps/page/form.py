@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from florence2_client import Florence2Client, Instances, Settings, Text
+from florence2_client.results import Box
+
 from florence2.images import upright_size
 from florence2.locations import to_text
 from florence2.prompts import task_of
 from florence2.tasks import TASKS, AnswerKind, Takes
-from florence2_client import Florence2Client, Instances, Settings, Text
-from florence2_client.results import Box
 
 OWN = ""
 """In the place of a task's token: the text is the whole prompt."""

@@ -1,4 +1,4 @@
-"""The keeper: the small process between us and tritonserver that outlives both and leaves nothing behind.
+"""The reaper: the small process between us and tritonserver that outlives both and leaves nothing behind.
 
 A process of its own, because a death signal alone does not do: PR_SET_PDEATHSIG fires when the parent *thread* ends
 (prctl(2)), and what a killed stub leaves in shared memory is removed by nobody. Standard library only.
@@ -28,13 +28,13 @@ def _keep(job: dict) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     prctl = ctypes.CDLL(None).prctl
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    keeper = os.getpid()
+    reaper = os.getpid()
 
     def in_child() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
-        # Should the keeper itself be killed, the server ends in its own time. The keeper has one thread only.
+        # Should the reaper itself be killed, the server ends in its own time. The reaper has one thread only.
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != keeper:
+        if os.getppid() != reaper:
             os._exit(1)
 
     server = subprocess.Popen(job["command"], stdout=sys.stderr, preexec_fn=in_child, process_group=0)

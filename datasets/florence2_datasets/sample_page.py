@@ -14,9 +14,9 @@ from florence2.drawing import draw
 from florence2.errors import InvalidRequest
 from florence2.images import decode
 from florence2_datasets.check import Shown
+from florence2_datasets.findings import Report
 from florence2_datasets.parsing import parse_answer, prompt_boxes, task_of
 from florence2_datasets.record import Example
-from florence2_datasets.report import Report
 
 _TEMPLATE = "page.html.jinja"
 _WIDEST = 480

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from florence2_training.corpus import Corpus, Tokens
 from florence2_training.features import FeatureCache, normalised
-from florence2_training.order import Batch
-from florence2_training.parts import trained_parts
-from florence2_training.pictures import read_pixels
+from florence2_training.pixels import read_pixels
+from florence2_training.sampler import Batch
+from florence2_training.trainable import trained_parts
 
 IGNORED = -100
 """A label that is no label, as in torch's cross_entropy."""

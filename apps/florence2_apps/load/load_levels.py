@@ -6,7 +6,7 @@ from typing import Any
 
 from florence2_apps.load import inputs
 from florence2_apps.load.analyzer import Analyzer, Figures, Level, Outcome, Windows
-from florence2_apps.load.metrics import STAGES, Served, served, settled
+from florence2_apps.load.server_counters import STAGES, Served, served, settled
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from florence2_datasets.parsing import BINS, LOCATION, task_of
+from florence2_datasets.record import Problem
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 
@@ -14,8 +16,6 @@ from florence2.images import Resizer, decode
 from florence2.locations import Size
 from florence2.manifest import Sizes
 from florence2.prompts import PromptEncoder, parse
-from florence2_datasets.parsing import BINS, LOCATION, task_of
-from florence2_datasets.record import Problem
 from florence2_evaluation.prediction import Prediction
 from florence2_evaluation.question import Question
 

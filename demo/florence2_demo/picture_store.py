@@ -11,8 +11,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from florence2.locations import Size
+from florence2_demo.generators import TRAINING, draw
 from florence2_demo.model import SIDE
-from florence2_demo.pictures import TRAINING, draw
 from florence2_demo.things import Thing
 
 # Half are words: reading is what takes the vision tower longest to learn.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.selection import GreedySearch
+from florence2.generation.beam_search import GreedySearch
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Sizes
