@@ -22,7 +22,7 @@ all: .venv/installed
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is missing: apt install python3-venv"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "Python's venv is missing: apt install python3-venv"; exit 1; }
-	@cd release && $(PYTHON) -c 'import sys; from florence2_release.installation import libpython; sys.exit(not libpython())' \
+	@cd release && $(PYTHON) -c 'import sys; from florence2_release.tritonserver import libpython; sys.exit(not libpython())' \
 		|| { echo "the shared library of $$($(PYTHON) -V) is missing, which Triton's python stub links: apt install libpython3-dev"; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install $(TORCH)

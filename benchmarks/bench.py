@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tritonclient.grpc as triton
 from florence2_client import Florence2Client
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
 from one_request import NEW_TOKENS, NUM_BEAMS, TASK, picture, prepare
 from PIL import Image

@@ -27,8 +27,9 @@ import torch
 from florence2_datasets.record import Example
 from florence2_export.checkpoint import load_checkpoint
 from florence2_export.export import sizes_of
+from florence2_export.pixel_values import normalised
 from florence2_training.corpus import Tokens
-from florence2_training.features import PictureGroups, computer, normalised, open_cache
+from florence2_training.features import PictureGroups, computer, open_cache
 from florence2_training.objective import Batches, Florence2Learner
 from florence2_training.pixels import read_pixels
 from florence2_training.recipe import Lora, Recipe, Source

@@ -28,9 +28,9 @@ from bench import Pictures
 from floor import decoder_weights
 from florence2_client import Florence2Client
 from florence2_export.export import export
-from florence2_release.installation import find_tritonserver
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
+from florence2_release.tritonserver import find_tritonserver
 from one_request import NUM_BEAMS, TASK
 from PIL import Image
 from report import Table, environment

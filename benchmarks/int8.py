@@ -24,7 +24,7 @@ from bench import PROMPT_IDS, Pictures, timed
 from floor import step_seconds
 from florence2_client import Florence2Client
 from florence2_export.export import export
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
 from one_request import NEW_TOKENS, NUM_BEAMS, TASK, prepare
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static

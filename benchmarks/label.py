@@ -21,7 +21,7 @@ from florence2_apps.label import Job, Source, label, open_source
 from florence2_apps.label.ray import label_on_ray
 from florence2_client import Florence2Client
 from florence2_export.export import export
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
 from PIL import Image
 from report import Table, environment

@@ -20,7 +20,7 @@ from statistics import median
 import numpy as np
 import torch
 from florence2_client import Florence2Client
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
 from PIL import Image
 from report import Table, environment

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 import psutil
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
 from load_generator import GIVE_UP, KINDS, NEW_TOKENS, PROMPT, Load, connect, http_request, outcome, picture
 from overload_report import GONE, IN_FLIGHT, Flood, Phase, Recovery, report

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from bench import PROMPT_IDS
 from florence2_demo.evaluate import Row, evaluate
-from florence2_evaluation.models import OnnxModel
+from florence2_evaluation.onnx_model import OnnxModel
 from florence2_evaluation.prediction import Prediction
 from florence2_evaluation.question import Question
 from florence2_export import graphs

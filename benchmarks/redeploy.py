@@ -28,9 +28,10 @@ import tritonclient.http as sync_http
 import tritonclient.http.aio as async_http
 from florence2_export.export import export
 from florence2_release.gate import Gate
+from florence2_release.install import install
 from florence2_release.make_export import Prepared
 from florence2_release.model_control import Triton
-from florence2_release.repository import Repository, install
+from florence2_release.repository import Repository
 from florence2_release.rollout import Rollout
 from florence2_release.server import TritonServer
 from report import Table, environment

@@ -15,7 +15,7 @@ from pathlib import Path
 import onnx
 import psutil
 from florence2_client import Florence2Client
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
 from one_request import picture, prepare
 from report import Table, environment

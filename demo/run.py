@@ -10,7 +10,7 @@ from pathlib import Path
 from florence2_cli.ask import describe
 from florence2_client import Florence2Client, Instances
 from florence2_export.export import export
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
 
 HERE = Path(__file__).resolve().parent

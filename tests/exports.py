@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from florence2_release.repository import FILES
+from florence2_release.version_files import FILES
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from florence2.manifest import Manifest, ModelSettings, Sizes, sha256_of

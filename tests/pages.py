@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import florence2_cli as cli
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
+from florence2_release import startup
 from florence2_release.repository import Repository
 from PIL import Image
-
-import florence2_cli as cli
 
 PAGES = ["README.md", "benchmarks/README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 LANGUAGES = ("bash", "python", "js", "yaml", "json", "text")
@@ -153,7 +153,7 @@ class Room:
         """On free ports, until the page is over. For a GPU only the repository is made ready."""
         args = cli.parser().parse_args(arguments)
         if getattr(args, "profile", None) not in (None, "cpu"):
-            Repository(self.folder / args.repository).tidy(args.profile)
+            startup.prepare(Repository(self.folder / args.repository), args.profile)
             assert Repository(self.folder / args.repository).profile == args.profile
             yield
             return

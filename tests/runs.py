@@ -126,7 +126,7 @@ def batches(checkpoint: Checkpoint, folder: Path, features: Any = None, **given:
 
 def greedy(model: Any, checkpoint: Checkpoint, picture: Path, prompt: str, new_tokens: int = 40) -> str:
     """transformers' own generate."""
-    from florence2_training.features import normalised
+    from florence2_export.pixel_values import normalised
     from florence2_training.pixels import read_pixels
     from transformers.modeling_outputs import BaseModelOutput
 

@@ -15,7 +15,9 @@ from conftest import DEMO_CHECKPOINT
 from florence2_client import Florence2Client, Instances, Text
 from florence2_export.checkpoint import load_checkpoint
 from florence2_export.parity import reference_features, reference_generate
-from florence2_release.repository import Repository, install
+from florence2_release import startup
+from florence2_release.install import install
+from florence2_release.repository import Repository
 from florence2_release.server import TritonServer
 from google.protobuf import text_format
 from tritonclient import grpc
@@ -54,7 +56,7 @@ def serve(
             assert key in config.parameters
             config.parameters[key].string_value = str(value)
         path.write_text(text_format.MessageToString(config))
-    Repository(repository).tidy(response_cache=cache_size is not None)
+    startup.prepare(Repository(repository), response_cache=cache_size is not None)
     change(repository)
     with TritonServer(repository, cache_size=cache_size) as server:
         server.wait_ready()

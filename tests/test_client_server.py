@@ -23,9 +23,9 @@ from florence2_client import (
     ServerRefused,
     Text,
 )
-from florence2_release.installation import ServerError, find_tritonserver
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from PIL import Image
 from serving import ENDLESS, HANGS, PROMPTS, counts, figures, serve, tensors, wait_until
 from tritonclient import grpc

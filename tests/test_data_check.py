@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from florence2_cli import main
 from florence2_datasets.check import check
-from florence2_datasets.checkpoint import Lengths
 from florence2_datasets.findings import KINDS, LABELS, SHOWN, Report
 from florence2_datasets.formats import open_data
 from florence2_datasets.rounding import Rounding
 from florence2_datasets.sample_page import write_page
+from florence2_export.answer_limits import read_answer_limits
 from PIL import Image, ImageColor
 
 from florence2.drawing import draw
@@ -209,7 +209,7 @@ def test_data_sets_are_told_apart_and_added(folder):
 
 
 def test_lengths_are_counted_with_the_checkpoints_tokenizer(folder, capsys):
-    lengths = Lengths.read(str(CHECKPOINT))
+    lengths = read_answer_limits(str(CHECKPOINT))
     box = "cat<loc_1><loc_2><loc_3><loc_4>"
     tokens = len(lengths.tokens(box))
     assert tokens == len(lengths.tokens("cat")) + 4
@@ -355,7 +355,7 @@ def test_json(folder, capsys):
     assert out["errors"] == 0
     assert out["warnings"] == 1
     assert out["findings"]["loose text"]["messages"] == ["train: train.jsonl:2: 'nothing'"]
-    assert out["answer_tokens"]["limit"] == Lengths.read(str(CHECKPOINT)).limit
+    assert out["answer_tokens"]["limit"] == read_answer_limits(str(CHECKPOINT)).limit
 
 
 def test_json_has_every_message(folder, capsys):

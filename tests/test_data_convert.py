@@ -134,7 +134,7 @@ def test_several_splits_need_a_name(folder, capsys):
     for name in ("train", "valid"):
         write(folder, row(name), name=f"{name}.jsonl")
     assert run(folder / "in", folder / "out.jsonl") == 1
-    assert "has the splits train, valid; name one of them with --split" in capsys.readouterr().err
+    assert "has the splits train, valid; say which with --split" in capsys.readouterr().err
     assert run(folder / "in", folder / "out.jsonl", "--split", "test") == 1
     assert not (folder / "out.jsonl").exists()
     assert run(folder / "in", folder / "out.jsonl", "--split", "valid") == 0

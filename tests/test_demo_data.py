@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from florence2_datasets.checkpoint import repeats
 from florence2_demo import bpe, model, words
 from florence2_demo.build import Recipe, Stage, train
 from florence2_demo.examples import EXAMPLES
@@ -24,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, Florence2Config, Florence2ForConditionalGeneration
 
+from florence2.answer_limits import repeats
 from florence2.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]

@@ -13,15 +13,14 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import florence2_cli as cli
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_release.health import Health, serve_health
-from florence2_release.installation import ServerError, find_tritonserver
-from florence2_release.repository import install
+from florence2_release.install import install
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from pages import LANGUAGES, PAGES, Block, Room, blocks, text
 from serving import serve
-
-import florence2_cli as cli
 
 NOT_RUN = {
     ("README.md", "sudo apt"): "changes the machine",

@@ -13,14 +13,16 @@ from florence2_client import ServerRefused, Text
 from florence2_datasets.record import Example, Problem
 from florence2_evaluation import models
 from florence2_evaluation.model_io import predicted
-from florence2_evaluation.models import OnnxModel, ServedModel, TorchModel
+from florence2_evaluation.onnx_model import OnnxModel
 from florence2_evaluation.prediction import Prediction
 from florence2_evaluation.question import Question, questions
 from florence2_evaluation.score import score
+from florence2_evaluation.served_model import ServedModel
+from florence2_evaluation.torch_model import TorchModel
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import sizes_of
 from florence2_export.parity import reference_features, reference_generate
-from florence2_release.installation import ServerError, find_tritonserver
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from peft import LoraConfig, get_peft_model
 from serving import serve
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints as make
+import florence2_cli as cli
 import florence2_export.export as exporting
 import numpy as np
 import onnx
@@ -21,11 +22,10 @@ from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export
 from florence2_export.graphs import GRAPHS, Graph, VisionEncoder
 from florence2_export.javascript import ENCODER_MODEL
-from florence2_export.parity import Comparison, Parity, reference_features
 from florence2_export.onnx_files import write_onnx
+from florence2_export.parity import Comparison, Parity, reference_features
 from onnx import numpy_helper
 
-import florence2_cli as cli
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request

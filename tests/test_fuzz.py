@@ -24,7 +24,7 @@ from typing import Any
 import grpc
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
-from florence2_release.installation import ServerError, find_tritonserver
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from PIL import Image
 from tokenizers import Tokenizer
 

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import exports
+import florence2_cli as cli
 import pytest
 from florence2_release.export_check import check_settings
-from florence2_release.repository import install
+from florence2_release.install import install
 from hostile import mutated, pipe, put
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import florence2_cli as cli
 from florence2.manifest import Manifest, ModelSettings
 
 NAN = float("nan")

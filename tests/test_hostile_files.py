@@ -11,6 +11,7 @@ from typing import Any
 
 import checkpoints as make
 import exports
+import florence2_cli as cli
 import pytest
 import torch
 from florence2_export.checkpoint import CheckpointError, load_checkpoint
@@ -18,8 +19,6 @@ from florence2_export.source import open_source
 from hostile import pipe, put, refused
 from safetensors.torch import load_file
 from torch import Tensor
-
-import florence2_cli as cli
 
 SHARED = "language_model.model.shared.weight"
 FC1 = "language_model.model.encoder.layers.0.fc1.weight"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints as make
+import florence2_cli as cli
 import florence2_export.javascript as exporting
 import numpy as np
 import pytest
@@ -21,11 +22,10 @@ from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export, sizes_of
 from florence2_export.greedy_parity import GreedyRunner, pixel_values
 from florence2_export.javascript import FILE_NAME, GRAPHS, SUFFIXES, export_javascript
-from florence2_export.parity import reference_features, reference_generate
 from florence2_export.onnx_files import quiet
+from florence2_export.parity import reference_features, reference_generate
 from PIL import Image
 
-import florence2_cli as cli
 from florence2.answers import AnswerParser, Detokenizer
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings

@@ -19,7 +19,7 @@ from conftest import DEMO_CHECKPOINT
 from fake_triton import HANGS, Request, load_model, run, submit
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.parity import reference_generate
-from florence2_release.repository import install
+from florence2_release.install import install
 from PIL import Image
 
 from florence2.backend.metric_names import COUNTERS, FAILED, GAUGES

@@ -16,11 +16,13 @@ import pytest
 from conftest import DEMO_CHECKPOINT
 from florence2_cli import main
 from florence2_client import Florence2Client
+from florence2_release import startup
 from florence2_release.gate import Gate
 from florence2_release.make_export import Prepared
 from florence2_release.model_control import Triton
 from florence2_release.repository import Repository
-from florence2_release.rollout import Rollout, roll_back
+from florence2_release.rollback import roll_back
+from florence2_release.rollout import Rollout
 from florence2_release.server import TritonServer
 
 ARCHIVE = Path(__file__).parent / "data" / "repository-bb97b87.tar.xz"
@@ -38,7 +40,7 @@ def old(tmp_path: Path) -> Path:
 
 @contextmanager
 def served(repository: Repository, response_cache: bool = False) -> Iterator[TritonServer]:
-    repository.tidy(response_cache=response_cache)
+    startup.prepare(repository, response_cache=response_cache)
     with TritonServer(repository.folder, cache_size=2**26 if response_cache else None) as server:
         server.wait_ready()
         yield server
@@ -56,7 +58,7 @@ def test_it_is_served_takes_a_release_and_goes_back(old: Path, demo_export: Path
     with served(repository) as server:
         for question in questions:
             assert ask(server, question) == (question["version"], question["token_ids"])
-        assert repository.outdated() == []
+        assert startup.outdated(repository) == []
         assert [repository.damage(release) for release in repository.releases()] == [None] * 3
         triton = Triton(server.grpc_url)
         gate = Gate(latency_requests=0, watch_seconds=0)
@@ -81,7 +83,7 @@ def test_it_is_served_with_a_response_cache(old: Path) -> None:
 def test_nothing_is_begun_under_a_server_of_the_commit_before(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
     repository = Repository(old / "repository")
     with pytest.raises(ValueError, match=r"are those of another release of florence2-triton: stop and start"):
-        repository.check_up_to_date()
+        startup.check_up_to_date(repository)
     before = repository.live("florence2")
     assert main(["rollback", "--repository", str(repository.folder), "--url", "127.0.0.1:1"]) == 1
     assert "are those of another release of florence2-triton: stop and start" in capsys.readouterr().err

@@ -8,9 +8,11 @@ import onnxruntime
 import pytest
 from conftest import ROOT
 from florence2_export import tensorrt
-from florence2_release import configs
-from florence2_release.repository import FILES, OPTIONAL, Repository, install
+from florence2_release import configs, startup
+from florence2_release.install import install
+from florence2_release.repository import Repository
 from florence2_release.server import ServerError, TritonServer
+from florence2_release.version_files import FILES, OPTIONAL
 from google.protobuf import text_format
 from serving import figures
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
@@ -111,18 +113,18 @@ def rows(repository: Path) -> str:
 def test_a_profile_is_what_config_pbtxt_says_and_what_was_set_by_hand_is_kept(repository: Path) -> None:
     beam_search = repository / "beam_search" / "config.pbtxt"
     change(beam_search, rows="12")
-    Repository(repository).tidy("cuda")
+    startup.prepare(Repository(repository), "cuda")
     assert Repository(repository).profile == "cuda"
     assert rows(repository) == given(config("beam_search", "cuda"))["rows"]
     assert parsed(repository / "vision_encoder" / "config.pbtxt").backend == "onnxruntime"
     assert parsed(repository / "preprocess" / "config.pbtxt") == parsed(MODELS / "preprocess" / "config.pbtxt")
     change(beam_search, rows="48")
-    Repository(repository).tidy()
+    startup.prepare(Repository(repository))
     assert rows(repository) == "48"
-    Repository(repository).tidy("cpu")
+    startup.prepare(Repository(repository), "cpu")
     assert (Repository(repository).profile, rows(repository)) == ("cpu", "12")
     assert parsed(repository / "vision_encoder" / "config.pbtxt").backend == "python"
-    Repository(repository).tidy("cuda")
+    startup.prepare(Repository(repository), "cuda")
     assert rows(repository) == "48"
 
 
@@ -130,7 +132,7 @@ def test_a_release_stays_of_the_profile_and_touches_no_other_file(
     repository: Path, demo_export: Path, tmp_path: Path
 ) -> None:
     """Triton would take a change in configs/ for a change of every version."""
-    Repository(repository).tidy("tensorrt", engine_cache=tmp_path / "engines")
+    startup.prepare(Repository(repository), "tensorrt", engine_cache=tmp_path / "engines")
     before = {path: path.stat().st_mtime_ns for path in repository.glob("*/configs/*")}
     export = Path(shutil.copytree(demo_export, tmp_path / "export"))
     (export / "vision_encoder.plan").write_bytes(b"for this GPU")
@@ -144,7 +146,7 @@ def test_a_release_stays_of_the_profile_and_touches_no_other_file(
 
 
 def test_a_profile_that_a_kill_left_half_way_is_finished(repository: Path) -> None:
-    install_config = configs.settle
+    install_config = configs.write_model
     done: list[Path] = []
 
     def killed(model: Path, *rest: object) -> None:
@@ -156,45 +158,45 @@ def test_a_profile_that_a_kill_left_half_way_is_finished(repository: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "settle", killed)
         with pytest.raises(KeyboardInterrupt):
-            Repository(repository).tidy("cuda")
+            startup.prepare(Repository(repository), "cuda")
     assert parsed(repository / "beam_search" / "config.pbtxt").instance_group[0].kind == ModelInstanceGroup.KIND_CPU
-    Repository(repository).tidy()
+    startup.prepare(Repository(repository))
     assert parsed(repository / "beam_search" / "config.pbtxt").instance_group[0].kind == ModelInstanceGroup.KIND_GPU
 
 
 def test_a_profile_does_not_change_under_a_server_or_another_command(repository: Path, demo_export: Path) -> None:
     here = Repository(repository)
-    with here.served():
-        here.tidy()
-        here.tidy("cpu")
+    with startup.served(here):
+        startup.prepare(here)
+        startup.prepare(here, "cpu")
         install(demo_export, repository)
         with pytest.raises(ValueError, match=r"a server is running on .*; stop it to change the profile"):
-            here.tidy("cuda")
+            startup.prepare(here, "cuda")
         with pytest.raises(ValueError, match=r"a server is running on .*; stop it to change the profile"):
             install(demo_export, repository, profile="cuda")
     with here.locked(), pytest.raises(ValueError, match=r"another command is at work on .*; start again"):
-        Repository(repository).tidy("cuda")
+        startup.prepare(Repository(repository), "cuda")
     assert here.profile == "cpu"
 
 
 @pytest.mark.parametrize("first", ["cpu", "cuda"])
 def test_a_profile_of_ones_own_is_taken_as_it_stands(repository: Path, first: str) -> None:
-    Repository(repository).tidy(first)
+    startup.prepare(Repository(repository), first)
     own = repository / "beam_search" / "configs" / "small.pbtxt"
     own.parent.mkdir(exist_ok=True)
     shutil.copy(MODELS / "beam_search" / "config.pbtxt", own)
     change(own, rows="6", of_somebodys_own="1")
     text = own.read_text()
-    Repository(repository).tidy("small")
+    startup.prepare(Repository(repository), "small")
     found = given(parsed(repository / "beam_search" / "config.pbtxt"))
     assert (found["rows"], found["of_somebodys_own"]) == ("6", "1")
     # Models without a config for it take the plain one.
     assert parsed(repository / "vision_encoder" / "config.pbtxt").backend == "python"
     assert Repository(repository).profile == "small"
-    Repository(repository).tidy("cpu")
+    startup.prepare(Repository(repository), "cpu")
     assert own.read_text() == text
     own.write_text(text.replace('"6"', '"9"'))
-    Repository(repository).tidy("small")
+    startup.prepare(Repository(repository), "small")
     assert rows(repository) == "9"
 
 
@@ -206,7 +208,7 @@ def test_a_profile_of_ones_own_from_before_gets_what_it_lacks(repository: Path) 
     own = repository / "preprocess" / "configs" / "mine.pbtxt"
     own.parent.mkdir()
     own.write_text(text_format.MessageToString(before))
-    Repository(repository).tidy("mine")
+    startup.prepare(Repository(repository), "mine")
     found = parsed(repository / "preprocess" / "config.pbtxt")
     assert [one.name for one in found.output] == [one.name for one in plain.output]
     assert given(found) == given(plain) | {"max_waiting": "7", "profile": "mine"}
@@ -216,7 +218,7 @@ def test_what_an_earlier_release_shipped_is_nobodys_choice(repository: Path) -> 
     path = repository / "preprocess" / "config.pbtxt"
     for before, after in (("100", "40"), ("99", "99")):
         change(path, max_megapixels=before)
-        Repository(repository).tidy()
+        startup.prepare(Repository(repository))
         assert given(parsed(path))["max_megapixels"] == after
 
 
@@ -228,7 +230,7 @@ def test_a_first_release_can_name_its_profile(demo_export: Path, tmp_path: Path)
 def test_a_profile_that_there_is_not(repository: Path, demo_export: Path, tmp_path: Path) -> None:
     message = r"no profile 'h100'; there are cpu, cuda, cuda-python, tensorrt, tensorrt-ep"
     with pytest.raises(ValueError, match=message):
-        Repository(repository).tidy("h100")
+        startup.prepare(Repository(repository), "h100")
     with pytest.raises(ValueError, match=message):
         install(demo_export, tmp_path / "others", profile="h100")
     assert not (tmp_path / "others").exists()
@@ -238,11 +240,11 @@ def test_a_repository_that_cannot_be_written_is_served_as_it_is(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("florence2_release.repository.os.access", lambda *_: False)
-    Repository(repository).tidy()
-    Repository(repository).tidy("cpu")
+    startup.prepare(Repository(repository))
+    startup.prepare(Repository(repository), "cpu")
     with pytest.raises(ValueError, match=r"is not made for --profile cuda, and can't be written: start"):
-        Repository(repository).tidy("cuda")
-    Repository(repository).tidy(engine_cache=Path("engines"))
+        startup.prepare(Repository(repository), "cuda")
+    startup.prepare(Repository(repository), engine_cache=Path("engines"))
 
 
 def test_engines_have_a_place_in_a_repository_that_cannot_be_written(
@@ -250,15 +252,15 @@ def test_engines_have_a_place_in_a_repository_that_cannot_be_written(
 ) -> None:
     install(demo_export, tmp_path / "models", profile="tensorrt-ep")
     repository = Repository(tmp_path / "models")
-    repository.tidy(engine_cache=tmp_path / "engines")
+    startup.prepare(repository, engine_cache=tmp_path / "engines")
     monkeypatch.setattr("florence2_release.repository.os.access", lambda *_: False)
-    repository.tidy()
-    repository.tidy(engine_cache=tmp_path / "engines")
+    startup.prepare(repository)
+    startup.prepare(repository, engine_cache=tmp_path / "engines")
     with pytest.raises(ValueError, match=r"is not made for --engine-cache /elsewhere, and can't be written: start"):
-        repository.tidy(engine_cache=Path("/elsewhere"))
+        startup.prepare(repository, engine_cache=Path("/elsewhere"))
     (tmp_path / "engines").chmod(0o777)
     with pytest.raises(ValueError, match=r"engines, where TensorRT's engines are kept, can be written by others"):
-        repository.tidy()
+        startup.prepare(repository)
 
 
 @pytest.mark.server
@@ -267,7 +269,7 @@ def test_a_profile_of_ones_own_is_served(repository: Path) -> None:
     own.parent.mkdir()
     shutil.copy(repository / "beam_search" / "config.pbtxt", own)
     change(own, rows="6")
-    Repository(repository).tidy("small")
+    startup.prepare(Repository(repository), "small")
     with TritonServer(repository) as server:
         server.wait_ready()
         assert figures(server.metrics_url)["florence2_rows_free"] == 6
@@ -277,7 +279,7 @@ def test_a_profile_of_ones_own_is_served(repository: Path) -> None:
 def test_without_a_gpu_the_server_says_so(repository: Path) -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("there is a GPU")
-    Repository(repository).tidy("cuda-python")
+    startup.prepare(Repository(repository), "cuda-python")
     with TritonServer(repository) as server, pytest.raises(ServerError, match=r"beam_search .* unsupported gpu id 0"):
         server.wait_ready()
 
@@ -293,7 +295,7 @@ def test_without_cuda_onnxruntime_is_not_left_to_the_cpu(demo_export: Path) -> N
 
 @pytest.mark.parametrize("profile", ["cuda", "tensorrt", "tensorrt-ep"])
 def test_the_wheels_server_has_no_backend_for_a_gpu(repository: Path, profile: str, tmp_path: Path) -> None:
-    Repository(repository).tidy(profile, engine_cache=tmp_path / "engines")
+    startup.prepare(Repository(repository), profile, engine_cache=tmp_path / "engines")
     with pytest.raises(ServerError, match=r"which nvidia-pytriton's server lacks: .* --profile cuda-python"):
         TritonServer(repository).start()
 

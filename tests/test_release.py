@@ -9,12 +9,16 @@ from pathlib import Path
 
 import exports
 import pytest
-from florence2_release import configs
-from florence2_release.repository import ENSEMBLE, FILES, Repository, install
-from florence2_release.rollout import roll_back
+from florence2_release import configs, startup
+from florence2_release.ensemble import ENSEMBLE
+from florence2_release.install import install
+from florence2_release.repository import Repository
+from florence2_release.rollback import roll_back
+from florence2_release.version_files import FILES
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from florence2 import files
 from florence2.manifest import Manifest, ModelSettings, sha256_of
 
 
@@ -136,18 +140,18 @@ def test_a_release_that_is_looked_at_is_not_loaded_at_a_start(export: Path, tmp_
     install(export, repository.folder)
     release = repository.add(changed(export, tmp_path / "other", "decoder.onnx"), ENSEMBLE)
     assert versions(repository.folder)["beam_search"] == [1]
-    repository.offer(release)
+    repository.add_candidate(release)
     assert versions(repository.folder)["beam_search"] == [1, 2]
     assert repository.state(release) == "looked at"
     # The command that looks at it goes on.
     with repository.locked():
-        repository.tidy()
+        startup.prepare(repository)
     assert repository.ensembles() == ["florence2", "florence2_next"]
     # As a kill leaves it.
     (repository.folder / "florence2_next" / "config.pbtxt").unlink()
     (repository.folder / "beam_search" / ".new-x").mkdir()
     (repository.folder / "beam_search" / ".config.pbtxt.part").touch()
-    repository.tidy()
+    startup.prepare(repository)
     assert not list(repository.folder.glob("*/.*"))
     assert repository.ensembles() == ["florence2"]
     assert versions(repository.folder)["beam_search"] == [1]
@@ -159,7 +163,7 @@ def test_the_release_before_stays_loaded(export: Path, tmp_path: Path) -> None:
     for number in (2, 3):
         found.append(repository.add(changed(export, tmp_path / str(number), "decoder.onnx"), ENSEMBLE))
         repository.make_live(found[-1], number - 1)
-        repository.settle()
+        repository.reconcile()
     assert versions(repository.folder)["beam_search"] == [2, 3]
     assert [repository.state(release) for release in found] == ["replaced", "standby", "live"]
     assert repository.prune(0) == [found[0]]
@@ -293,17 +297,17 @@ def test_the_response_cache_is_what_the_start_says(export: Path, tmp_path: Path)
         return [model for model, one in found.items() if one.response_cache.enable], told
 
     assert cached() == ([], "false")
-    repository.tidy(response_cache=True)
+    startup.prepare(repository, response_cache=True)
     assert repository.response_cache
     assert cached() == (["vision_encoder", "beam_search"], "true")
     # A release while it is served leaves it as it is.
     install(export, repository.folder)
     assert cached() == (["vision_encoder", "beam_search"], "true")
-    repository.tidy()
+    startup.prepare(repository)
     assert not repository.response_cache
     assert cached() == ([], "false")
     # Of what Triton's own backends run nothing is cached, and no time of arrival is told.
-    repository.tidy("cuda", response_cache=True)
+    startup.prepare(repository, "cuda", response_cache=True)
     assert cached() == (["beam_search"], "true")
     steps = configs.parsed(repository.folder / "florence2" / "config.pbtxt").ensemble_scheduling.step
     assert {step.model_name for step in steps if "arrival" in step.input_map} == {"beam_search"}
@@ -333,11 +337,11 @@ def test_older_copies_of_model_py_are_replaced_at_the_start(export: Path, tmp_pa
     stale.write_text("from florence2.triton import respond\n")
     release.files["beam_search"]["model.py"] = sha256_of(stale)
     repository.write(release)
-    assert repository.outdated() == [stale]
+    assert startup.outdated(repository) == [stale]
     with pytest.raises(ValueError, match=r"are those of another release of florence2-triton: stop and start"):
-        repository.check_up_to_date()
-    repository.tidy()
-    repository.check_up_to_date()
+        startup.check_up_to_date(repository)
+    startup.prepare(repository)
+    startup.check_up_to_date(repository)
     assert stale.read_text() == "from florence2.backend.beam_search import TritonPythonModel  # noqa: F401\n"
     assert repository.damage(repository.release(1)) is None
     # Shared with the next, as the same bytes are.
@@ -355,7 +359,7 @@ def test_engines_are_kept_where_the_start_says(export: Path, tmp_path: Path) -> 
         (accelerator,) = vision.optimization.execution_accelerators.gpu_execution_accelerator
         return {accelerator.parameters["trt_engine_cache_path"], search.parameters["tensorrt_cache"].string_value}
 
-    repository.tidy(engine_cache=tmp_path / "engines")
+    startup.prepare(repository, engine_cache=tmp_path / "engines")
     assert places() == {str(tmp_path / "engines")}
     assert (tmp_path / "engines").stat().st_mode & 0o777 == 0o700
     install(export, repository.folder)
@@ -367,7 +371,7 @@ def test_engines_that_others_may_replace_are_not_run(export: Path, tmp_path: Pat
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines").chmod(0o775)
     with pytest.raises(ValueError, match=r"engines, where TensorRT's engines are kept, can be written by others"):
-        Repository(tmp_path / "models").tidy(engine_cache=tmp_path / "engines")
+        startup.prepare(Repository(tmp_path / "models"), engine_cache=tmp_path / "engines")
 
 
 def test_files_are_on_the_disk_before_their_name_is(
@@ -375,14 +379,14 @@ def test_files_are_on_the_disk_before_their_name_is(
 ) -> None:
     """A rename may reach the disk before what it names does (rename(2), fsync(2))."""
     flushed: list[Path] = []
-    flush, rename, replace = configs.flush, Path.rename, Path.replace
+    flush, rename, replace = files.flush, Path.rename, Path.replace
     late: list[Path] = []
 
     def check(source: Path) -> None:
         needed = [source, *source.iterdir()] if source.is_dir() else [source]
         late.extend(path for path in needed if path not in flushed)
 
-    monkeypatch.setattr(configs, "flush", lambda path: (flushed.append(path), flush(path)))
+    monkeypatch.setattr(files, "flush", lambda path: (flushed.append(path), flush(path)))
     monkeypatch.setattr(Path, "rename", lambda self, target: (check(self), rename(self, target))[1])
     monkeypatch.setattr(Path, "replace", lambda self, target: (check(self), replace(self, target))[1])
     install(export, tmp_path / "models")

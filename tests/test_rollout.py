@@ -21,14 +21,19 @@ import pytest
 from conftest import DEMO_CHECKPOINT
 from florence2_cli import main
 from florence2_client import Florence2Client, ServerRefused
+from florence2_release import startup
+from florence2_release.ensemble import ENSEMBLE
 from florence2_release.gate import Gate, load_gate
 from florence2_release.health import Health, close_health, serve_health
-from florence2_release.installation import ServerError, find_tritonserver
+from florence2_release.install import install
 from florence2_release.make_export import Prepared
 from florence2_release.model_control import Triton
-from florence2_release.repository import ENSEMBLE, Release, Repository, install
-from florence2_release.rollout import Refused, Rollout, roll_back
+from florence2_release.record import Release
+from florence2_release.repository import Repository
+from florence2_release.rollback import roll_back
+from florence2_release.rollout import Refused, Rollout
 from florence2_release.server import TritonServer
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from florence2_release.watchdog import Watchdog
 from serving import HANGS, PICTURES, client, wait_until
 
@@ -76,7 +81,7 @@ def exports(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture(scope="module")
 def answers(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
     """Token ids that each export gives, in this process."""
-    from florence2_evaluation.models import OnnxModel
+    from florence2_evaluation.onnx_model import OnnxModel
     from florence2_evaluation.question import Question
 
     found = {}
@@ -98,7 +103,7 @@ def answers(exports: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def served(export: Path, folder: Path, cache_size: int | None = None) -> Iterator[tuple[Repository, TritonServer]]:
     repository = Repository(folder / "repository")
     install(export, repository.folder)
-    repository.tidy(response_cache=cache_size is not None)
+    startup.prepare(repository, response_cache=cache_size is not None)
     with TritonServer(repository.folder, cache_size=cache_size) as server:
         server.wait_ready()
         yield repository, server
@@ -267,9 +272,7 @@ def test_what_is_worse_broken_or_not_what_it_says_is_refused(
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
-from florence2_release import configs, repository
-from florence2_release import model_control
+from florence2 import files
 left = int(sys.argv[1])
 def counted(function):
     def call(*arguments, **options):
@@ -279,8 +282,10 @@ def counted(function):
             os.kill(os.getpid(), signal.SIGKILL)
         return function(*arguments, **options)
     return call
-configs.write_whole = counted(configs.write_whole)
-repository._take = counted(repository._take)
+files.write_whole = counted(files.write_whole)
+# What imports it by name gets the counted one.
+from florence2_release import model_control, repository
+repository.copy = counted(repository.copy)
 repository.shutil.rmtree = counted(repository.shutil.rmtree)
 model_control.Triton._load = counted(model_control.Triton._load)
 from florence2_cli import main

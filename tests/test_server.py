@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from florence2_release.installation import ServerError, check_libraries, find_tritonserver
 from florence2_release.log import failure, loading
 from florence2_release.server import TritonServer
+from florence2_release.tritonserver import ServerError, check_libraries, find_tritonserver
 
 try:
     find_tritonserver()
@@ -342,7 +342,7 @@ def test_without_any_tritonserver_the_error_says_what_to_install(monkeypatch: py
 def test_a_missing_libpython_is_told_with_its_package(monkeypatch: pytest.MonkeyPatch):
     listing = "\tlibc.so.6 => /lib/libc.so.6 (0x0)\n\tlibpython3.12.so.1.0 => not found\n"
     answer = subprocess.CompletedProcess([], 127, stdout=listing)
-    monkeypatch.setattr("florence2_release.installation.subprocess.run", lambda *args, **options: answer)
+    monkeypatch.setattr("florence2_release.tritonserver.subprocess.run", lambda *args, **options: answer)
     with pytest.raises(ServerError, match=r"needs libpython3\.12\.so\.1\.0, .* apt install libpython3\.12,"):
         check_libraries(Path("stub"), {})
 

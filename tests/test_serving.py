@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 from conftest import DEMO_CHECKPOINT, MICROSOFT_FIXTURE
 from florence2_client import Florence2Client, Result, ServerRefused
-from florence2_release.installation import ServerError, find_tritonserver
-from florence2_release.repository import install
+from florence2_release.install import install
 from florence2_release.server import TritonServer
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from florence2_release.watchdog import Watchdog
 from PIL import Image, ImageOps
 from serving import (

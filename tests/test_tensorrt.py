@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import checkpoints as make
+import florence2_cli as cli
 import numpy as np
 import onnx
 import onnxruntime
@@ -14,7 +15,6 @@ from florence2_export import tensorrt
 from florence2_export.export import export
 from onnx import TensorProto
 
-import florence2_cli as cli
 from florence2.manifest import Manifest
 
 OPERATORS = (Path(__file__).parent / "data" / "tensorrt_operators.txt").read_text().splitlines()[1:]

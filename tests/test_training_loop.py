@@ -23,15 +23,17 @@ import runs
 import torch
 from accelerate.state import AcceleratorState
 from florence2_cli import main
+from florence2_export.pixel_values import normalised
 from florence2_training import features as features_module
 from florence2_training import loop, run_state, trainable
 from florence2_training.adapters import add_adapters
-from florence2_training.features import FeatureCache, PictureGroups, computer, normalised, open_cache
+from florence2_training.features import FeatureCache, PictureGroups, computer, open_cache
 from florence2_training.objective import IGNORED, Florence2Learner, checkpoint_activations
 from florence2_training.recipe import PARTS, Lora, Recipe, Source, save_recipe
 from florence2_training.run_state import Progress
 from florence2_training.sampler import Batch
-from florence2_training.train import Judge, Training, train
+from florence2_training.train import Training, train
+from florence2_training.validation import Judge
 from torch import Tensor, nn
 
 EVERYTHING = Batch(list(range(len(runs.SAMPLES))))

@@ -158,7 +158,7 @@ def test_a_run_gives_its_best_checkpoint(tmp_path: Path, monkeypatch: pytest.Mon
     data = runs.lines(tmp_path / "validation.jsonl", runs.SAMPLES[:2])
     recipe = runs.recipe(tmp_path, method="lora", validation=[Source(data=str(data))], eval_steps=1, learning_rate=2e-2)
     losses = iter([3.0, 1.0, 2.0])
-    from florence2_training.train import Judge
+    from florence2_training.validation import Judge
 
     monkeypatch.setattr(Judge, "_loss", lambda self: next(losses))
     assert train(recipe).best_step == 2

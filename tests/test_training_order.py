@@ -116,9 +116,9 @@ def test_no_samples_and_splits_are_named(checkpoint: Checkpoint, tmp_path: Path)
         (folder / split).mkdir(parents=True)
         runs.lines(folder / split / "annotations.jsonl", samples)
     tokens = runs.tokens(checkpoint)
-    with pytest.raises(ValueError, match="has the splits train, valid; say which with split: train"):
+    with pytest.raises(ValueError, match="has the splits train, valid; say which with split"):
         read_corpus([Source(data=str(folder))], tokens, tmp_path / "corpus.jsonl")
-    with pytest.raises(ValueError, match="has the splits train, valid; say which with split: train"):
+    with pytest.raises(ValueError, match="has the splits train, valid; say which with split"):
         read_corpus([Source(data=str(folder), split="test")], tokens, tmp_path / "corpus.jsonl")
     assert len(read_corpus([Source(data=str(folder), split="valid")], tokens, tmp_path / "corpus.jsonl")) == 2
     assert len(read_corpus([Source(data=str(folder), split="train")], tokens, tmp_path / "corpus.jsonl", limit=3)) == 3

@@ -8,7 +8,6 @@ import pytest
 import runs
 from florence2_cli import main
 from florence2_cli import train as cli_train
-from florence2_training.files import write_whole
 from florence2_training.recipe import (
     LONG_ANSWERS,
     METHODS,
@@ -23,6 +22,8 @@ from florence2_training.recipe import (
     settings,
 )
 from florence2_training.trainable import PRESETS
+
+from florence2.files import write_whole
 
 
 def recipe_file(folder: Path, text: str) -> Path:

@@ -23,8 +23,8 @@ import pytest
 from conftest import DEMO_CHECKPOINT
 from florence2_cli import main
 from florence2_client import Florence2Client, Instances, Result
-from florence2_release.installation import ServerError, find_tritonserver
 from florence2_release.server import TritonServer
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from PIL import Image
 from serving import HANGS, counts, serve
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_CHECKPOINT, ROOT
-from florence2_release.installation import ServerError, find_tritonserver
+from florence2_release.tritonserver import ServerError, find_tritonserver
 from packaging.requirements import Requirement
 from serving import serve
 

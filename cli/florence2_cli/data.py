@@ -4,6 +4,10 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from florence2.answer_limits import AnswerLimits
 
 EXTRA = "train"
 _SHOWN = 10
@@ -59,30 +63,31 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     from florence2_datasets.check import check
-    from florence2_datasets.checkpoint import Lengths
     from florence2_datasets.formats import open_data
     from florence2_datasets.sample_page import write_page
 
-    lengths = Lengths.read(args.checkpoint) if args.checkpoint else None
+    limits = _limits(args.checkpoint) if args.checkpoint else None
     splits = [split for path in args.data for split in open_data(path, args.format, args.images)]
     samples = args.samples if args.html else 0
-    report, shown = check(splits, lengths, not args.no_images, samples, args.seed, every_message=args.json)
+    report, shown = check(splits, limits, not args.no_images, samples, args.seed, every_message=args.json)
     print(json.dumps(report.as_json(), indent=2) if args.json else report.as_text())
     if args.html:
         write_page(args.html, report, shown)
     return int(report.total("error") > 0 or (args.strict and report.total("warning") > 0))
 
 
+def _limits(checkpoint: str) -> "AnswerLimits":
+    from florence2_export.answer_limits import read_answer_limits
+
+    return read_answer_limits(checkpoint)
+
+
 def _convert(args: argparse.Namespace) -> int:
     from florence2_datasets.convert import convert
-    from florence2_datasets.formats import open_data
+    from florence2_datasets.formats import open_split
     from florence2_datasets.record import Problem
 
-    splits = open_data(args.data, args.format, args.images)
-    named = [split for split in splits if args.split in (None, split.name)]
-    if len(named) != 1:
-        names = ", ".join(split.name for split in splits)
-        raise ValueError(f"{args.data} has the splits {names}; name one of them with --split")
+    split = open_split(args.data, args.format, args.images, args.split)
     left_out = 0
 
     def report(problem: Problem) -> None:
@@ -91,7 +96,7 @@ def _convert(args: argparse.Namespace) -> int:
         if left_out <= _SHOWN:
             print(problem, file=sys.stderr)
 
-    count = convert(named[0], args.output, report)
+    count = convert(split, args.output, report)
     if left_out:
         print(f"{left_out} samples left out", file=sys.stderr)
     print(f"{args.output}: {count} samples")

@@ -97,18 +97,13 @@ def _predictions(args: argparse.Namespace, unusable: list["Problem"]) -> list["P
 
 
 def _examples(args: argparse.Namespace, unusable: list["Problem"]) -> Iterator["Example"]:
-    from florence2_datasets.formats import examples, open_data
+    from florence2_datasets.formats import examples, open_split
     from florence2_datasets.record import Problem
 
-    splits = {split.name: split for split in open_data(args.data, args.format, args.images)}
-    if args.split is None and len(splits) > 1:
-        raise ValueError(f"{args.data} has several splits: choose one with --split, of {', '.join(splits)}")
-    name = args.split or next(iter(splits))
-    if name not in splits:
-        raise ValueError(f"{args.data} has no split {name}; it has {', '.join(splits)}")
+    split = open_split(args.data, args.format, args.images, args.split)
 
     def usable() -> Iterator["Example"]:
-        for example in examples(splits[name]):
+        for example in examples(split):
             if isinstance(example, Problem):
                 unusable.append(example)
             else:
@@ -118,14 +113,17 @@ def _examples(args: argparse.Namespace, unusable: list["Problem"]) -> Iterator["
 
 
 def _model(args: argparse.Namespace) -> "Model":
-    from florence2_evaluation.models import OnnxModel, ServedModel, TorchModel
-
     overrides = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     if args.export:
+        from florence2_evaluation.onnx_model import OnnxModel
+
         return OnnxModel(args.export, in_flight=args.batch_size, **overrides)
     if args.url:
+        from florence2_evaluation.served_model import ServedModel
+
         return ServedModel(args.url, args.model, in_flight=args.batch_size, **overrides)
     import torch
+    from florence2_evaluation.torch_model import TorchModel
     from florence2_export.checkpoint import load_checkpoint
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

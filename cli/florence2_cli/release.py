@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from florence2_release.install import check_name, install
     from florence2_release.make_export import prepare
-    from florence2_release.repository import Repository, check_name, install
+    from florence2_release.repository import Repository
 
     check_name(args.name)
     Repository(args.repository).check()

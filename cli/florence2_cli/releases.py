@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from florence2_release.repository import Release, Repository
+    from florence2_release.record import Release
+    from florence2_release.repository import Repository
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from florence2_release.model_control import Triton
+    from florence2_release.prune import prune
     from florence2_release.repository import Repository
 
     if not args.repository.is_dir():
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     repository = Repository(args.repository)
     if args.prune is not None:
         with repository.locked():
-            for release in repository.prune(args.prune):
+            for release in prune(repository, args.prune):
                 print(f"removed release {release.number} of {release.name}")
         return 0
     repository.check()

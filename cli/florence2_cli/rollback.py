@@ -15,15 +15,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from florence2_release import startup
     from florence2_release.model_control import Triton
     from florence2_release.repository import Repository
-    from florence2_release.rollout import roll_back
+    from florence2_release.rollback import roll_back
 
     repository = Repository(args.repository)
     if not args.repository.is_dir():
         raise ValueError(f"{args.repository} is no folder; name a model repository")
     if args.url:
-        repository.check_up_to_date()
+        startup.check_up_to_date(repository)
     triton = Triton(args.url, args.publish) if args.url else None
     with repository.locked():
         release = roll_back(repository, triton, args.name, args.to)

@@ -11,17 +11,13 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from florence2_release.server import TritonServer
 
 ENSEMBLE = "florence2"
-FIRST_PAUSE, LONGEST_PAUSE, STEADY = 0.5, 60.0, 30.0
-"""Seconds before a server that has ended is started again, at first and at most; and for how long it must have run for
-the first to hold again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +64,11 @@ def _megabytes(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    from florence2_release import startup
     from florence2_release.health import Health, close_health, serve_health
     from florence2_release.repository import Repository
     from florence2_release.server import TritonServer
-    from florence2_release.watchdog import Watchdog
+    from florence2_release.watchdog import Watchdog, keep_running
 
     server = TritonServer(
         args.repository,
@@ -87,14 +84,14 @@ def run(args: argparse.Namespace) -> int:
     profile = args.profile
 
     def prepare() -> None:
-        repository.tidy(profile, bool(args.response_cache), args.engine_cache)
+        startup.prepare(repository, profile, bool(args.response_cache), args.engine_cache)
 
     prepare()
     health = Health(server)
     _stop_on_signals()
     try:
         if repository.ensembles():
-            serving.enter_context(repository.served())
+            serving.enter_context(startup.served(repository))
         endpoint = serve_health(health, args.host, args.health_port)
         serving.callback(close_health, endpoint)
         server.start()
@@ -107,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         watchdog.start()
         # What is configured already is what a server is started again with.
         profile = None
-        _keep_running(server, prepare)
+        keep_running(server, prepare, _say)
     except KeyboardInterrupt:
         health.is_draining = True
         _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
@@ -125,35 +122,6 @@ def run(args: argparse.Namespace) -> int:
         watchdog.stop()
         server.stop()
         serving.close()
-
-
-def _keep_running(server: "TritonServer", prepare: Callable[[], None]) -> NoReturn:
-    """Starts the server again whenever it ends."""
-    from florence2_release.server import ServerError
-
-    pause = FIRST_PAUSE
-    while True:
-        began = time.monotonic()
-        code = server.wait()
-        if time.monotonic() - began > STEADY:
-            pause = FIRST_PAUSE
-        _say(
-            f"the server stopped by itself with code {code}; it is started again in {pause:g} s; its log ends:\n"
-            f"{server.log_tail()}"
-        )
-        while True:
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-            try:
-                prepare()
-                server.start()
-                server.wait_ready(timeout=math.inf)
-            except (ServerError, ValueError, OSError) as error:
-                server.kill()
-                _say(f"{error}; again in {pause:g} s")
-            else:
-                break
-        _say("ready again")
 
 
 def _stop_on_signals() -> None:
@@ -179,7 +147,7 @@ def _follow_log(server: "TritonServer") -> None:
 
 
 def _warn_of_open_wheel(server: "TritonServer") -> None:
-    from florence2_release.server import ipv4
+    from florence2_release.ports import ipv4
 
     if server.installation and server.installation.wheel and not ipaddress.ip_address(ipv4(server.host)).is_loopback:
         print(

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from florence2.answer_limits import AnswerLimits, repeats
 from florence2.locations import quantize
 from florence2.tasks import AnswerKind, Task
-from florence2_datasets.checkpoint import Lengths, repeats
 from florence2_datasets.findings import Report
 from florence2_datasets.formats import SizeOf, Split, regions, resolve
 from florence2_datasets.parsing import (
@@ -41,7 +41,7 @@ class Shown:
 
 def check(
     splits: Sequence[Split],
-    lengths: Lengths | None = None,
+    limits: AnswerLimits | None = None,
     images: bool = True,
     samples: int = 0,
     seed: int = 0,
@@ -49,12 +49,12 @@ def check(
 ) -> tuple[Report, list[Shown]]:
     """Reads all splits once. Memory holds counts, a digest per picture and `samples` samples drawn evenly (reservoir).
 
-    `images`: whether pictures are decoded and compared; `lengths`: None leaves token counts out; `every_message`: all
+    `images`: whether pictures are decoded and compared; `limits`: None leaves token counts out; `every_message`: all
     are kept, not the first of each kind.
     """
     report = Report(pictures_checked=images, every_message=every_message)
-    if lengths:
-        report.lengths, report.limit = Counter(), lengths.limit
+    if limits:
+        report.limits, report.limit = Counter(), limits.limit
     shown = _Reservoir(samples, random.Random(seed))
     with PictureCheck(report, images) as pictures:
         for name, split in _named(splits):
@@ -71,7 +71,7 @@ def check(
                 pictures.add(found.image, name)
                 found = replace(found, where=f"{name}: {found.where}")
                 _check_regions(report, sample, sizes, found)
-                _check_text(report, sample, found, lengths, name)
+                _check_text(report, sample, found, limits, name)
                 _count_bins(rounding, sample, sizes)
             if warning := rounding.warning():
                 report.add("rounding", f"{name}: {warning}")
@@ -127,7 +127,7 @@ def _check_written(report: Report, sample: Sample, task: Task | None, where: str
                     report.add("same bin", f"{where}: bins {_numbers((x1, y1, x2, y2))}")
 
 
-def _check_text(report: Report, sample: Sample, found: Example, lengths: Lengths | None, split: str) -> None:
+def _check_text(report: Report, sample: Sample, found: Example, limits: AnswerLimits | None, split: str) -> None:
     for number in LOCATION.findall(found.prefix + found.suffix):
         if int(number) >= BINS or str(int(number)) != number:
             report.add("no token", f"{found.where}: <loc_{number}>")
@@ -143,8 +143,8 @@ def _check_text(report: Report, sample: Sample, found: Example, lengths: Lengths
     _check_written(report, sample, task, found.where)
     if task and has_shapes(task):
         _check_shapes(report, task, found)
-    if lengths:
-        _check_length(report, found, lengths)
+    if limits:
+        _check_length(report, found, limits)
 
 
 def _check_shapes(report: Report, task: Task, found: Example) -> None:
@@ -168,13 +168,13 @@ def _check_shapes(report: Report, task: Task, found: Example) -> None:
         report.add("loose text", f"{found.where}: {_short(behind)}")
 
 
-def _check_length(report: Report, found: Example, lengths: Lengths) -> None:
-    assert report.lengths is not None
-    tokens = lengths.tokens(found.suffix)
-    report.lengths[len(tokens)] += 1
-    if len(tokens) > lengths.limit:
-        report.add("length", f"{found.where}: {len(tokens)} tokens of at most {lengths.limit}")
-    if repeats(tokens, lengths.ngram):
+def _check_length(report: Report, found: Example, limits: AnswerLimits) -> None:
+    assert report.limits is not None
+    tokens = limits.tokens(found.suffix)
+    report.limits[len(tokens)] += 1
+    if len(tokens) > limits.limit:
+        report.add("length", f"{found.where}: {len(tokens)} tokens of at most {limits.limit}")
+    if repeats(tokens, limits.ngram):
         report.add("repeated", f"{found.where}: {_short(found.suffix)}")
 
 

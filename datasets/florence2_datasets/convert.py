@@ -5,13 +5,15 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
+from florence2.coco import Coco
 from florence2.errors import InvalidRequest
 from florence2_datasets.formats import SizeOf, Split, examples
 from florence2_datasets.parsing import LOCATION, has_shapes, parse_answer, shapes, task_of
-from florence2_datasets.record import Example, Problem
+from florence2_datasets.record import Example, Problem, Size
 
 
 def convert(split: Split, output: Path, report: Callable[[Problem], None]) -> int:
@@ -45,9 +47,7 @@ def _write_lines(
 def _write_coco(
     items: Iterable[Example | Problem], file: IO[str], folder: Path, report: Callable[[Problem], None]
 ) -> int:
-    images: dict[str, dict[str, Any]] = {}
-    categories: dict[str, int] = {}
-    annotations: list[dict[str, Any]] = []
+    pictures: dict[str, tuple[Size, list[_Box]]] = {}
     sizes, count = SizeOf(), 0
     for item in items:
         try:
@@ -58,41 +58,39 @@ def _write_coco(
             report(boxes)
             continue
         assert isinstance(item, Example)
-        width, height = sizes(item.image)
-        name = _name(item.image, folder)
-        image = images.setdefault(name, {"id": len(images) + 1, "file_name": name, "width": width, "height": height})
-        for (x1, y1, x2, y2), label in boxes:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image["id"],
-                    "category_id": categories.setdefault(label, len(categories) + 1),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
+        pictures.setdefault(_name(item.image, folder), (sizes(item.image), []))[1].extend(boxes)
         count += 1
-    named = [{"id": number, "name": label} for label, number in categories.items()]
-    json.dump(
-        {"images": list(images.values()), "annotations": annotations, "categories": named}, file, ensure_ascii=False
-    )
+    coco = Coco()
+    for name, (size, found) in pictures.items():
+        coco.add(name, size, found)
+    json.dump(coco.to_dict(), file, ensure_ascii=False)
     return count
 
 
 _WRITERS = {".jsonl": _write_lines, ".json": _write_coco}
 
 
-def _boxes(found: Example, sizes: SizeOf) -> list[tuple[list[float], str]]:
+@dataclass(frozen=True)
+class _Box:
+    """As `florence2.coco.Found`."""
+
+    box: tuple[float, float, float, float]
+    label: str
+    score: None = None
+    quad: None = None
+    polygons: None = None
+
+
+def _boxes(found: Example, sizes: SizeOf) -> list[_Box]:
     """Raises ValueError for an answer that is not boxes, or not only."""
     try:
         task = task_of(found.prefix, found.suffix)
     except InvalidRequest as error:
         raise ValueError(str(error)) from None
     rows = shapes(parse_answer(task, found.suffix, sizes(found.image)))
-    boxes = [(box, label) for kind, box, label in rows if kind == "bboxes"]
+    boxes = [_Box(tuple(box), label) for kind, box, label in rows if kind == "bboxes"]
     whole = 4 * len(boxes) == len(LOCATION.findall(found.suffix)) and bool(boxes) == bool(found.suffix)
-    if not has_shapes(task) or not whole or not all(label for _, label in boxes):
+    if not has_shapes(task) or not whole or not all(box.label for box in boxes):
         raise ValueError("its answer is not boxes with labels, and COCO detection holds nothing else; write .jsonl")
     return boxes
 

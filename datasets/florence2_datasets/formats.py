@@ -69,6 +69,17 @@ def open_data(path: Path, format: str | None = None, images: Path | None = None)
     raise ValueError(f"{path} is {as_what}; it can be{known}")
 
 
+def open_split(path: Path, format: str | None, images: Path | None, name: str | None, option: str = "--split") -> Split:
+    """The split called `name`, or the only one. Raises ValueError, naming `option`, where that is not one of them, and
+    what `open_data` raises."""
+    splits = {split.name: split for split in open_data(path, format, images)}
+    if name is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    if name not in splits:
+        raise ValueError(f"{path} has the splits {', '.join(splits)}; say which with {option}")
+    return splits[name]
+
+
 def examples(split: Split) -> Iterator[Example | Problem]:
     """The split in the words of the model; a missing picture is a Problem."""
     size_of = SizeOf()

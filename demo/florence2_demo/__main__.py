@@ -53,7 +53,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from florence2_evaluation.models import TorchModel
+    from florence2_evaluation.torch_model import TorchModel
     from florence2_export.checkpoint import load_checkpoint
 
     from florence2_demo.evaluate import evaluate, markdown

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from florence2_datasets.checkpoint import repeats
 from transformers import RobertaTokenizer
 
+from florence2.answer_limits import repeats
 from florence2_demo.picture_store import Gallery
 from florence2_demo.samples import Sample, answer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from florence2_training.features import normalised
+from florence2_export.pixel_values import normalised
 from florence2_training.pixels import read_pixels
 from florence2_training.sampler import Batch
 from safetensors.torch import load_file, save_file

@@ -16,6 +16,8 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from florence2.files import write_whole
+
 FILE_NAME = "config.pbtxt"
 CPU = "cpu"
 _PROFILE = "profile"
@@ -31,7 +33,7 @@ _CACHE_TOLD = "response_cache"
 """The parameter of preprocess that says that there is one."""
 
 
-def settle(
+def write_model(
     model: Path,
     versions: Sequence[int],
     profile: str | None,
@@ -197,21 +199,3 @@ def _with_comments(text: str, source: str) -> str:
         name = (found[2] if found[1] == "parameters" else found[1]) if found else None
         lines.append(comments.pop(name, "") + statement if name else statement)
     return "".join(lines)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """In place of what is there, or not at all, also where the power goes."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text)
-    flush(scratch)
-    scratch.replace(path)
-    flush(path.parent)
-
-
-def flush(path: Path) -> None:
-    """A file's content, or a folder's names, onto the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

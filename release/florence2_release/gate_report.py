@@ -6,9 +6,10 @@ from dataclasses import asdict
 
 from jinja2 import Environment
 
-from florence2_release.configs import write_whole
+from florence2.files import write_whole
 from florence2_release.gate import Compared
-from florence2_release.repository import Release, Repository
+from florence2_release.record import Release
+from florence2_release.repository import Repository
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>{{ release.name }} {{ release.number }}</title>
 <style>body{font:15px sans-serif;margin:2em}td,th{padding:.3em 1em;text-align:left}.no{background:#fdd}</style>

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from florence2_release import processes
+from florence2_release.ports import cannot_listen, ipv4
 from florence2_release.repository import Repository
-from florence2_release.server import TritonServer, cannot_listen, ipv4
+from florence2_release.server import TritonServer
 
 FRESH = 0.5
 """Seconds for which a look at the server is good."""

@@ -11,8 +11,11 @@ from typing import Any
 from tritonclient import grpc
 from tritonclient.utils import InferenceServerException
 
-from florence2_release import configs
-from florence2_release.repository import FILES, NEXT, Release, Repository
+from florence2.files import write_whole
+from florence2_release.ensemble import NEXT
+from florence2_release.record import Release
+from florence2_release.repository import Repository
+from florence2_release.version_files import FILES
 
 logger = logging.getLogger(__name__)
 LOADING, ANSWERING = 3600, 30
@@ -87,13 +90,13 @@ class Triton:
         answered = own.success.count - own.cache_hit.count
         return Requests(answered, own.fail.count, max(own.success.ns - own.cache_hit.ns, 0) / 1e9)
 
-    def follow(self, repository: Repository) -> None:
+    def reconcile(self, repository: Repository) -> None:
         """Has the server load and unload until it has what the repository says, and leaves alone what it has already.
         Nothing that answers is unloaded before what takes its place is loaded. Raises LoadError, with Triton's reason.
         """
         loaded = self.loaded()
         on_disk = {model: {v for v in loaded.get(model, ()) if _is_there(repository, model, v)} for model in FILES}
-        repository.settle(on_disk)
+        repository.reconcile(on_disk)
         self._publish()
         for model, versions in repository.wanted().items():
             if not set(versions) <= loaded.get(model, set()):
@@ -105,7 +108,7 @@ class Triton:
         for name in loaded:
             if name.endswith(NEXT) and repository.live(name) is None:
                 self._ask(self._client.unload_model, name)
-        repository.settle()
+        repository.reconcile()
         self._publish()
         loaded = self.loaded()
         for model, versions in repository.wanted().items():
@@ -119,13 +122,13 @@ class Triton:
             folder = repository.folder / model / str(release.models[model])
             try:
                 _make_loadable(repository, model, folder)
-                repository.settle({model: [int(folder.name)]})
+                repository.reconcile({model: [int(folder.name)]})
                 self._publish()
                 self._load(model)
             except (OSError, LoadError) as error:
                 logger.warning("Triton goes on listing %s %s as failed (%s): %s", model, folder.name, reason, error)
             finally:
-                repository.settle()
+                repository.reconcile()
                 self._publish()
             try:
                 self._load(model)
@@ -168,7 +171,7 @@ def _make_loadable(repository: Repository, model: str, folder: Path) -> None:
     """As small as can be of a python model; of a model of Triton's own backends another version's files."""
     config = repository.config(model)
     if config is not None and config.backend == "python":
-        configs.write_whole(folder / "model.py", _LOADS)
+        write_whole(folder / "model.py", _LOADS)
         return
     live = repository.folder / model / str(max(repository.wanted()[model]))
     for path in live.iterdir():

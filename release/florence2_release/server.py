@@ -6,7 +6,6 @@ with TritonServer("repository") as server:
 """
 
 import contextlib
-import errno
 import http.client
 import json
 import os
@@ -25,7 +24,9 @@ from types import TracebackType
 from florence2.backend.occupancy import SHM_PREFIX
 from florence2_release import reaper
 from florence2_release.configs import parsed
-from florence2_release.installation import (
+from florence2_release.log import failure, loading
+from florence2_release.ports import bind, ipv4
+from florence2_release.tritonserver import (
     Installation,
     ServerError,
     check_libraries,
@@ -34,7 +35,6 @@ from florence2_release.installation import (
     lay_out_backend,
     lay_out_python,
 )
-from florence2_release.log import failure, loading
 
 __all__ = ["ServerError", "TritonServer"]
 
@@ -127,7 +127,7 @@ class TritonServer:
 
     def _choose_ports(self, address: str, held: contextlib.ExitStack) -> None:
         for name, what in (("http_port", "HTTP"), ("grpc_port", "gRPC"), ("metrics_port", "metrics")):
-            holder = held.enter_context(_bind(address, getattr(self, name), what))
+            holder = held.enter_context(bind(address, getattr(self, name), what))
             setattr(self, name, holder.getsockname()[1])
 
     def _spawn(self, runtime: Path, env: dict[str, str], address: str) -> None:
@@ -271,31 +271,6 @@ class TritonServer:
 
     def log_tail(self, lines: int = 20) -> str:
         return "\n".join(self.log_text().splitlines()[-lines:])
-
-
-def ipv4(host: str) -> str:
-    try:
-        return socket.gethostbyname(host)
-    except OSError as error:
-        raise ServerError(f"cannot listen on {host!r}: give an IPv4 address or a name that has one") from error
-
-
-def _bind(address: str, port: int, what: str) -> socket.socket:
-    """A socket that holds the port (a free one for 0) until it is closed."""
-    holder = socket.socket()
-    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        holder.bind((address, port))
-    except (OSError, OverflowError) as error:
-        holder.close()
-        raise cannot_listen(address, port, what, error) from error
-    return holder
-
-
-def cannot_listen(address: str, port: int, what: str, error: Exception) -> ServerError:
-    if getattr(error, "errno", None) == errno.EADDRINUSE:
-        return ServerError(f"port {port} ({what}) is in use: stop what listens there or name another")
-    return ServerError(f"cannot listen on {address} port {port} ({what}): {error}")
 
 
 def _check_repository(repository: Path) -> None:

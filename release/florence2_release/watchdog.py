@@ -1,25 +1,32 @@
-"""Sees that python models' processes are there: Triton never starts one again.
+"""What starts again what has died: models' processes, and the server itself.
 
-It never answers what was inside, and what comes afterwards fails one a second, each in its turn. So where a release
-that clients get has lost one the whole server ends, for clients to be told and to ask again; who has started it starts
-it again. A release that is looked at, or kept to go back to, is loaded again beside the others.
+Triton never starts a python model's process again. It never answers what was inside, and what comes afterwards fails
+one a second, each in its turn. So where a release that clients get has lost one the whole server ends, for clients to
+be told and to ask again; `keep_running` starts it again. A candidate, or a release that is kept to go back to, is
+loaded again beside the others.
 """
 
+import math
 import os
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from typing import NoReturn
 
 from florence2_release import processes
 from florence2_release.processes import Version
 from florence2_release.repository import Repository
-from florence2_release.server import TritonServer
+from florence2_release.server import ServerError, TritonServer
 
 EVERY = 1.0
 """Seconds between looks; a process is gone when it is missing at two of them."""
 LOADING = 3600
 """Seconds that a model may take to load."""
+FIRST_PAUSE, LONGEST_PAUSE, STEADY = 0.5, 60.0, 30.0
+"""Seconds before a server that has ended is started again, at first and at most; and for how long it must have run for
+the first to hold again."""
 
 
 class Watchdog:
@@ -80,3 +87,30 @@ class Watchdog:
         url = f"{self.server.http_url}/v2/repository/models/{model}/load"
         with urllib.request.urlopen(urllib.request.Request(url, data=b"{}", method="POST"), timeout=LOADING):
             pass
+
+
+def keep_running(server: TritonServer, prepare: Callable[[], None], say: Callable[[str], None]) -> NoReturn:
+    """Starts the server again whenever it ends, each time after `prepare`."""
+    pause = FIRST_PAUSE
+    while True:
+        began = time.monotonic()
+        code = server.wait()
+        if time.monotonic() - began > STEADY:
+            pause = FIRST_PAUSE
+        say(
+            f"the server stopped by itself with code {code}; it is started again in {pause:g} s; its log ends:\n"
+            f"{server.log_tail()}"
+        )
+        while True:
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            try:
+                prepare()
+                server.start()
+                server.wait_ready(timeout=math.inf)
+            except (ServerError, ValueError, OSError) as error:
+                server.kill()
+                say(f"{error}; again in {pause:g} s")
+            else:
+                break
+        say("ready again")

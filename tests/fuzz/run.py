@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from florence2_release.repository import install
+from florence2_release.install import install
 from serving import PICTURES, PROMPTS, figures, transformers_answers
 
 from fuzz.honest import CLIENTS, Asked, Question, ask, ask_all, client

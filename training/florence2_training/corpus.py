@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from florence2_datasets.checkpoint import repeats
-from florence2_datasets.formats import Split, examples, open_data
+from florence2_datasets.formats import Split, examples, open_split
 from florence2_datasets.parsing import name_of
 from florence2_datasets.record import Example, Problem
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from florence2.answer_limits import AnswerLimits, repeats
 from florence2.errors import InvalidRequest
 from florence2.prompts import PromptEncoder
 from florence2_training.recipe import Source
@@ -28,8 +28,7 @@ class Tokens:
 
     def __init__(self, prompts: PromptEncoder, long_answers: str = "refuse", ngram: int = 0) -> None:
         self.prompts = prompts
-        self.ngram = ngram
-        self.limit = prompts.sizes.max_position_embeddings
+        self.answers = AnswerLimits(prompts.tokenizer, prompts.sizes.max_position_embeddings, ngram)
         self.long_answers = long_answers
         self._locations = {index for token, index in prompts.tokenizer.get_vocab().items() if token.startswith("<loc_")}
 
@@ -42,22 +41,22 @@ class Tokens:
 
         What is cut ends after a whole box and without `</s>`: the model isn't taught to stop there.
         """
-        ids = self.prompts.tokenizer.encode(text).ids
-        if len(ids) <= self.limit:
+        ids, limit = self.answers.tokens(text), self.answers.limit
+        if len(ids) <= limit:
             return ids
-        end = self.limit
+        end = limit
         while end > 1 and not (ids[end - 1] in self._locations and ids[end] not in self._locations):
             end -= 1
         if end > 1:
             return ids[:end]
         # Text without boxes, or boxes that all belong to the first phrase.
-        start = self.limit
+        start = limit
         while ids[start - 1] in self._locations:
             start -= 1
-        return ids[: self.limit - (self.limit - start) % 4]
+        return ids[: limit - (limit - start) % 4]
 
     def is_too_long(self, text: str) -> bool:
-        return len(self.prompts.tokenizer.encode(text).ids) > self.limit
+        return len(self.answers.tokens(text)) > self.answers.limit
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def read_corpus(sources: Sequence[Source], tokens: Tokens, file: Path, limit: in
                 continue
             image = str(example.image.resolve())
             answer = tokens.answer(example.suffix)
-            repeating += repeats(answer, tokens.ngram)
+            repeating += repeats(answer, tokens.answers.ngram)
             line = json.dumps({"image": image, "prefix": example.prefix, "suffix": example.suffix}) + "\n"
             columns.append(
                 (
@@ -152,13 +151,7 @@ def _all_examples(sources: Sequence[Source], limit: int | None) -> Iterable[Exam
 
 def _split_of(source: Source) -> Split:
     images = Path(source.images).expanduser() if source.images else None
-    splits = open_data(Path(source.data).expanduser(), source.format, images)
-    names = [split.name for split in splits]
-    if source.split is None and len(splits) == 1:
-        return splits[0]
-    if source.split not in names:
-        raise ValueError(f"{source.data} has the splits {', '.join(names)}; say which with split: {names[0]}")
-    return splits[names.index(source.split)]
+    return open_split(Path(source.data).expanduser(), source.format, images, source.split, "split")
 
 
 def _usable(example: Example, tokens: Tokens) -> Example | Problem | None:
@@ -175,7 +168,7 @@ def _usable(example: Example, tokens: Tokens) -> Example | Problem | None:
         if tokens.long_answers == "refuse":
             return Problem(
                 example.where,
-                f"the answer has more than the {tokens.limit} tokens that the decoder has positions for; set "
+                f"the answer has more than the {tokens.answers.limit} tokens that the decoder has positions for; set "
                 "long_answers to truncate or skip",
             )
     return example

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from florence2_export.pixel_values import normalised
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -139,14 +140,6 @@ def computer(
             return vision(normalised(pixels.to(device), preprocessor)).last_hidden_state.float().cpu()
 
     return compute
-
-
-def normalised(pixels: Tensor, preprocessor: dict[str, Any]) -> Tensor:
-    """u8 [P, H, W, 3] -> f32 [P, 3, H, W], as HF's image processor makes them."""
-    mean, std = (
-        torch.tensor(preprocessor[name], device=pixels.device).view(3, 1, 1) for name in ("image_mean", "image_std")
-    )
-    return (pixels.permute(0, 3, 1, 2).float() * preprocessor["rescale_factor"] - mean) / std
 
 
 def _stat(picture: str) -> list[int]:

@@ -14,15 +14,15 @@ import torch
 from florence2_export.checkpoint import Checkpoint, CheckpointError, load_checkpoint
 from florence2_export.export import sizes_of
 from florence2_export.parity import reference_generate
+from florence2_export.pixel_values import normalised
 from numpy.typing import NDArray
 
 from florence2.prompts import PromptEncoder
 from florence2_training import run_state
 from florence2_training.adapters import CONFIG, base_of, load_adapter
-from florence2_training.features import normalised
 from florence2_training.pixels import read_pixels
-from florence2_training.saving import make_native, save_microsoft, save_native
-from florence2_training.train import RUN, set_no_repeat_ngram_size
+from florence2_training.run_folder import RUN
+from florence2_training.saving import make_native, save_microsoft, save_native, set_no_repeat_ngram_size
 
 SAMPLES, NEW_TOKENS = 4, 64
 LAYOUTS = {"native": save_native, "microsoft": save_microsoft}

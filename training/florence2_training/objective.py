@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from florence2_export.pixel_values import normalised
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from florence2_training.corpus import Corpus, Tokens
-from florence2_training.features import FeatureCache, normalised
+from florence2_training.features import FeatureCache
 from florence2_training.pixels import read_pixels
 from florence2_training.sampler import Batch
 from florence2_training.trainable import trained_parts

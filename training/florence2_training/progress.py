@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from florence2_training.files import write_whole
+from florence2.files import write_whole
 
 
 class Reporter:

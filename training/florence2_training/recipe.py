@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from florence2_training.files import write_whole
+from florence2.files import write_whole
 
 PARTS = ("vision", "projector", "embeddings", "encoder", "decoder")
 METHODS = ("lora", "full")

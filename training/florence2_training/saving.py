@@ -189,3 +189,8 @@ def _processor(checkpoint: Checkpoint) -> Florence2Processor:
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def set_no_repeat_ngram_size(checkpoint: Checkpoint, size: int) -> None:
+    checkpoint.generation["no_repeat_ngram_size"] = size
+    checkpoint.model.generation_config.no_repeat_ngram_size = size

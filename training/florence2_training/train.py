@@ -1,48 +1,40 @@
 """A recipe, carried out."""
 
-import fcntl
-import json
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
-from florence2_datasets.parsing import parse_answer
-from florence2_evaluation.models import TorchModel
-from florence2_evaluation.prediction import Prediction
-from florence2_evaluation.question import Question, questions
-from florence2_evaluation.score import score
+from accelerate.utils import broadcast_object_list
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import sizes_of
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from florence2.prompts import PromptEncoder, parse
-from florence2_training import run_state, trainable
+from florence2.prompts import PromptEncoder
+from florence2_training import trainable
 from florence2_training.adapters import WEIGHTS, add_adapters
 from florence2_training.corpus import Corpus, Tokens, draw_epoch, read_corpus
 from florence2_training.features import PictureGroups, computer, open_cache
-from florence2_training.files import write_whole
 from florence2_training.loop import Schedule, Validation, fit, loader, make_scheduler
 from florence2_training.objective import Batches, Florence2Learner, checkpoint_activations
-from florence2_training.recipe import Recipe, save_recipe, saved_recipe
+from florence2_training.recipe import Recipe
+from florence2_training.run_folder import claimed, write_run
 from florence2_training.run_state import Progress
-from florence2_training.sampler import Batch, steps_of
-from florence2_training.saving import make_native, save_native
+from florence2_training.sampler import steps_of
+from florence2_training.saving import make_native, save_native, set_no_repeat_ngram_size
+from florence2_training.validation import Judge, check_metric
 
-RECIPE, RUN = "recipe.yaml", "run.json"
 logger = logging.getLogger(__name__)
 _PACKAGES = ("florence2-triton", "torch", "transformers", "peft", "accelerate")
 
@@ -55,7 +47,7 @@ def train(recipe: Recipe) -> Progress:
     """
     run = Path(recipe.output_dir).expanduser()
     accelerator = Accelerator(mixed_precision=precision(recipe))
-    with _claimed(run, recipe) if accelerator.is_main_process else nullcontext():
+    with claimed(run, recipe) if accelerator.is_main_process else nullcontext():
         accelerator.wait_for_everyone()
         training = Training.prepare(recipe, run, accelerator)
         frozen = trainable.frozen_sha256(training.model)
@@ -124,7 +116,7 @@ class Training:
         training = cls(recipe, checkpoint, model, adapted, tokens, corpus, replayed, validation, batches)
         make_scheduler(torch.optim.AdamW(training.parameter_groups()), training.schedule(accelerator))
         if validation and recipe.metric_for_best_model != "loss":
-            _check_metric(recipe.metric_for_best_model, validation)
+            check_metric(recipe.metric_for_best_model, validation)
         return training
 
     def cache_features(self, accelerator: Accelerator, run: Path) -> None:
@@ -164,7 +156,8 @@ class Training:
         learner = Florence2Learner(self.model, self.checkpoint.preprocessor)
         validation = None
         if self.validation is not None:
-            judge = Judge(self, learner, accelerator)
+            batches = Batches([self.validation], self.tokens, self.checkpoint.preprocessor, self.batches.features)
+            judge = Judge(self.recipe, self.checkpoint, batches, learner, accelerator)
             validation = Validation(judge.scores, self.recipe.metric_for_best_model, judge.higher_is_better)
         return fit(
             accelerator,
@@ -284,72 +277,7 @@ class Training:
             "attention": self.model.config._attn_implementation,
             "packages": {name: version(name) for name in _PACKAGES},
         }
-        if run_state.newest_whole(run) and (run / RUN).exists():
-            before = json.loads((run / RUN).read_text())
-            same = ("sha256", "data", "mixed_precision", "frozen_sha256")
-            if changed := [name for name in same if before[name] != content[name]]:
-                raise ValueError(
-                    f"{run} was begun with another {' and '.join(changed)}, see its {RUN}; bring that back, or give "
-                    "another output_dir"
-                )
-        write_whole(run / RUN, json.dumps(content, indent=2) + "\n")
-
-
-class Judge:
-    """Validation: the loss, and where more is asked for the scores of free-running answers."""
-
-    def __init__(self, training: Training, learner: Florence2Learner, accelerator: Accelerator) -> None:
-        self.training, self.learner, self.accelerator = training, learner, accelerator
-        assert training.validation is not None
-        self.corpus = training.validation
-        self.batches = Batches(
-            [self.corpus], training.tokens, training.checkpoint.preprocessor, training.batches.features
-        )
-        self._higher: dict[str, bool] = {"loss": False}
-
-    def scores(self) -> dict[str, float]:
-        self.training.model.eval()
-        found = {"loss": self._loss()}
-        if self.training.recipe.metric_for_best_model != "loss":
-            found |= self._answers()
-        # Every process must come to the same judgement.
-        found, self._higher = broadcast_object_list([found, self._higher])
-        return found
-
-    def higher_is_better(self, name: str) -> bool:
-        return self._higher.get(name, True)
-
-    @torch.no_grad()
-    def _loss(self) -> float:
-        total = torch.zeros(2, device=self.accelerator.device)
-        recipe = self.training.recipe
-        size, count = recipe.per_device_train_batch_size, self.accelerator.num_processes
-        own = range(self.accelerator.process_index, len(self.corpus), count)
-        order = [Batch(list(own[start : start + size])) for start in range(0, len(own), size)]
-        for batch in loader(self.batches, order, recipe.dataloader_num_workers):
-            batch = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-            with self.accelerator.autocast():
-                total += torch.stack([self.learner(batch).float(), batch["weight"]])
-        total = self.accelerator.reduce(total, "sum")
-        return float(total[0] / total[1])
-
-    def _answers(self) -> dict[str, float]:
-        size = self.training.recipe.per_device_train_batch_size
-        model = TorchModel(self.training.checkpoint, batch_size=size, device=str(self.accelerator.device))
-        samples = (self.corpus[index] for index in range(len(self.corpus)))
-        # Whole questions: several answers to one are judged together.
-        own = islice(questions(samples), self.accelerator.process_index, None, self.accelerator.num_processes)
-        predictions = gather_object(list(model.predict(own)))
-        if not self.accelerator.is_main_process:
-            return {}
-        scores = score(predictions)
-        self._higher |= {found.name: found.higher_is_better for found in scores}
-        return {found.name: found.value for found in scores}
-
-
-def set_no_repeat_ngram_size(checkpoint: Checkpoint, size: int) -> None:
-    checkpoint.generation["no_repeat_ngram_size"] = size
-    checkpoint.model.generation_config.no_repeat_ngram_size = size
+        write_run(run, content)
 
 
 def precision(recipe: Recipe) -> str:
@@ -358,62 +286,6 @@ def precision(recipe: Recipe) -> str:
         return recipe.mixed_precision
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if has_bf16 else "no"
-
-
-def _check_metric(name: str, validation: Corpus) -> None:
-    """Raises ValueError, with the metrics there are, for one that not even perfect answers would have."""
-    samples = (validation[index] for index in range(len(validation)))
-    found = [one.name for one in score(map(_perfect, questions(samples)))]
-    if name not in found:
-        raise ValueError(
-            f"metric_for_best_model {name!r} is not among those that the validation data have: {', '.join(found)}"
-        )
-
-
-def _perfect(question: Question) -> Prediction:
-    """The answer that was wanted; of a picture of any size."""
-    size, text = (1000, 1000), question.references[0]
-    prompt = parse(question.prompt)
-    answer = {prompt.key: parse_answer(prompt.task, text, size)}
-    return Prediction(str(question.image), size, question.prompt, question.references, text, answer, None)
-
-
-@contextmanager
-def _claimed(run: Path, recipe: Recipe) -> Iterator[None]:
-    """The folder is this recipe's, and nobody else's, for as long as it is trained."""
-    if run.is_dir() and not (run / RECIPE).exists() and any(found.name not in _OURS for found in run.iterdir()):
-        raise ValueError(f"{run} exists and is not a run; give another output_dir, or remove it")
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process trains in {run}; wait for it, or give another output_dir") from None
-        _claim(run, recipe)
-        yield
-
-
-_LOCK = ".lock"
-_OURS = (_LOCK, f".{RECIPE}.part")
-
-
-def _claim(run: Path, recipe: Recipe) -> None:
-    path = run / RECIPE
-    # A recipe that came to nothing can be mended.
-    if path.exists() and run_state.newest_whole(run):
-        before, now = (_flat(asdict(found)) for found in (saved_recipe(path), recipe))
-        # The folder may have been moved; where features lie changes nothing.
-        free = {"output_dir", "features_dir", "dataloader_num_workers", "tensorboard"}
-        free |= {"logging_steps", "save_steps", "save_total_limit"}
-        changed = [f"{name} was {before[name]!r}" for name in now if name not in free and now[name] != before[name]]
-        if changed:
-            raise ValueError(f"{run} is a run of another recipe ({'; '.join(changed)}); give another output_dir")
-    save_recipe(recipe, path)
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    lora = settings.pop("lora")
-    return settings | {f"lora.{name}": value for name, value in lora.items()}
 
 
 def _pictures(corpora: list[Corpus]) -> NDArray[np.int32]:

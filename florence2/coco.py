@@ -1,25 +1,39 @@
-"""Instances as COCO's JSON."""
+"""What was found in pictures as COCO's JSON."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from florence2_client.results import Instance
+
+class Found(Protocol):
+    """Coordinates are pixels of the upright picture."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def score(self) -> float | None: ...
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """x1, y1, x2, y2."""
+
+    @property
+    def quad(self) -> tuple[float, ...] | None: ...
+    @property
+    def polygons(self) -> tuple[tuple[float, ...], ...] | None: ...
 
 
 class Coco:
-    """Pictures and their instances, one after the other; everything is numbered from 1."""
+    """Pictures and what was found in them, one after the other; everything is numbered from 1."""
 
     def __init__(self) -> None:
         self._rows = CocoRows()
         self._images: list[dict[str, Any]] = []
         self._annotations: list[dict[str, Any]] = []
 
-    def add(self, file_name: str, size: tuple[int, int], instances: "Iterable[Instance]") -> None:
+    def add(self, file_name: str, size: tuple[int, int], found: Iterable[Found]) -> None:
         """`size`: width and height of the upright picture."""
-        image, annotations = self._rows.add(file_name, size, instances)
+        image, annotations = self._rows.add(file_name, size, found)
         self._images.append(image)
         self._annotations += annotations
 
@@ -39,33 +53,34 @@ class CocoRows:
         return [{"id": number, "name": name} for name, number in self._numbers.items()]
 
     def add(
-        self, file_name: str, size: tuple[int, int], instances: "Iterable[Instance]"
+        self, file_name: str, size: tuple[int, int], found: Iterable[Found]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The picture's row of images, and its annotations."""
         width, height = size
         self._images += 1
         image = {"id": self._images, "file_name": file_name, "width": width, "height": height}
-        return image, [self._annotation(instance) for instance in instances]
+        return image, [self._annotation(one) for one in found]
 
-    def _annotation(self, instance: "Instance") -> dict[str, Any]:
-        x1, y1, x2, y2 = instance.box
-        outlines = instance.polygons or ((instance.quad,) if instance.quad else ())
+    def _annotation(self, found: Found) -> dict[str, Any]:
+        x1, y1, x2, y2 = found.box
+        outlines = found.polygons or ((found.quad,) if found.quad else ())
         # A segmentation's part has three points or more (pycocotools, frPyObjects).
         parts = [list(outline) for outline in outlines if len(outline) >= 6]
         self._annotations += 1
         annotation = {
             "id": self._annotations,
             "image_id": self._images,
-            "category_id": self._numbers.setdefault(instance.label, len(self._numbers) + 1),
+            "category_id": self._numbers.setdefault(found.label, len(self._numbers) + 1),
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "area": sum(map(_area, parts)) if parts else (x2 - x1) * (y2 - y1),
             "iscrowd": 0,
-            "score": instance.score,
         }
+        if found.score is not None:
+            annotation["score"] = found.score
         return annotation | ({"segmentation": parts} if parts else {})
 
 
-def _area(outline: list[float]) -> float:
+def _area(outline: Sequence[float]) -> float:
     """Of a polygon, in pixels: the shoelace formula."""
     points = np.array(outline, np.float64).reshape(-1, 2)
     x, y = points.T
