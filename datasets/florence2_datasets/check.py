@@ -54,7 +54,7 @@ def check(
     """
     report = Report(pictures_checked=images, every_message=every_message)
     if limits:
-        report.limits, report.limit = Counter(), limits.limit
+        report.lengths, report.limit = Counter(), limits.limit
     shown = _Reservoir(samples, random.Random(seed))
     with PictureCheck(report, images) as pictures:
         for name, split in _named(splits):
@@ -169,9 +169,9 @@ def _check_shapes(report: Report, task: Task, found: Example) -> None:
 
 
 def _check_length(report: Report, found: Example, limits: AnswerLimits) -> None:
-    assert report.limits is not None
+    assert report.lengths is not None
     tokens = limits.tokens(found.suffix)
-    report.limits[len(tokens)] += 1
+    report.lengths[len(tokens)] += 1
     if len(tokens) > limits.limit:
         report.add("length", f"{found.where}: {len(tokens)} tokens of at most {limits.limit}")
     if repeats(tokens, limits.ngram):
