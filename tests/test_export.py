@@ -20,10 +20,11 @@ import torch
 from conftest import ROOT
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export
-from florence2_export.graphs import GRAPHS, Graph, VisionEncoder
-from florence2_export.javascript import ENCODER_MODEL
+from florence2_export.graphs import GRAPHS, Graph
+from florence2_export.javascript_graphs import ENCODER_MODEL
 from florence2_export.onnx_files import write_onnx
 from florence2_export.parity import Comparison, Parity, reference_features
+from florence2_export.vision_graph import VisionEncoder
 from onnx import numpy_helper
 
 from florence2.generation.caches import CacheSizes

@@ -23,6 +23,7 @@ from transformers import Florence2ForConditionalGeneration, GenerationConfig
 import florence2.generation.engine as engine_module
 import florence2.generation.runner as runner_module
 from florence2.errors import Cancelled, TimeIsOver, Unavailable
+from florence2.generation import decoder_steps
 from florence2.generation.beam_search import Generation, banned_tokens
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Candidates, Engine, Runner
@@ -420,8 +421,8 @@ def test_on_a_gpu_shapes_are_rounded_and_steps_captured(traffic: Traffic, monkey
     """As there, but for the graphs themselves: while ONNX Runtime captures one, the step is taken twice."""
     captured = 200
     monkeypatch.setattr(traffic.runner, "_rounds", True)
-    monkeypatch.setattr(traffic.runner, "_graphs_left", captured)
-    run, graphs = runner_module.Step.run, set()
+    monkeypatch.setattr(traffic.runner._decoder, "graphs_left", captured)
+    run, graphs = decoder_steps.Step.run, set()
 
     def run_twice_at_first(step: Any, *args: Any) -> None:
         if step.graph > 0 and step.graph not in graphs:
@@ -429,18 +430,20 @@ def test_on_a_gpu_shapes_are_rounded_and_steps_captured(traffic: Traffic, monkey
             run(step, *args)
         run(step, *args)
 
-    monkeypatch.setattr(runner_module.Step, "run", run_twice_at_first)
+    monkeypatch.setattr(decoder_steps.Step, "run", run_twice_at_first)
     traffic.run(requests=400)
     assert traffic.outcomes["Generation"] > 300
     # Every combination of shapes that came a third time, with all that a step can move.
     assert len(graphs) > 8
-    assert any(step.graph > 0 and step._inputs["moved_from"].shape()[0] for step in traffic.runner._steps.values())
+    assert any(
+        step.graph > 0 and step._inputs["moved_from"].shape()[0] for step in traffic.runner._decoder.steps.values()
+    )
     most = traffic.runner.caches.rows
-    rows = {len(step._inputs["input_ids"].numpy()) for step in traffic.runner._steps.values()}
+    rows = {len(step._inputs["input_ids"].numpy()) for step in traffic.runner._decoder.steps.values()}
     assert rows <= {1, 2, 4, 8, 16, most} | {
-        traffic.runner.caches.decoder_entries // columns for columns, *_ in traffic.runner._steps
+        traffic.runner.caches.decoder_entries // columns for columns, *_ in traffic.runner._decoder.steps
     }
-    assert len(traffic.runner._steps) <= runner_module.STEPS
+    assert len(traffic.runner._decoder.steps) <= decoder_steps.STEPS
 
 
 def test_a_graph_that_cannot_be_captured_is_done_without(exported: Exported, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,18 +451,18 @@ def test_a_graph_that_cannot_be_captured_is_done_without(exported: Exported, mon
     request = exported.request(np.random.default_rng(0))
     settings = settings_of(num_beams=3, max_new_tokens=12, suppress_tokens=[EOS])
     expected = generate(exported.runner, *request, settings)
-    monkeypatch.setattr(runner, "_graphs_left", 8)
-    run, before = runner_module.Step.run, runner._decoder
+    monkeypatch.setattr(runner._decoder, "graphs_left", 8)
+    run, before = decoder_steps.Step.run, runner._decoder.session
 
     def fails(step: Any, *args: Any) -> None:
         if step.graph > 0:
             raise RuntimeError("operation not permitted when stream is capturing")
         run(step, *args)
 
-    monkeypatch.setattr(runner_module.Step, "run", fails)
+    monkeypatch.setattr(decoder_steps.Step, "run", fails)
     assert_same(generate(runner, *request, settings), expected)
-    assert runner._graphs_left == 0
-    assert runner._decoder is not before
+    assert runner._decoder.graphs_left == 0
+    assert runner._decoder.session is not before
 
 
 def test_more_graphs_than_steps_are_refused(exported: Exported) -> None:
@@ -496,12 +499,12 @@ def test_what_fails_hurts_nobody_later(traffic: Traffic, monkeypatch: pytest.Mon
 
         return called
 
-    for name in ("_encoder", "_decoder"):
-        graph = getattr(traffic.runner, name)
+    for owner, name in ((traffic.runner, "_encoder"), (traffic.runner._decoder, "session")):
+        graph = getattr(owner, name)
         run = sometimes(graph.run_with_iobinding, RuntimeError(f"{name} failed"))
         kept = {each: getattr(graph, each) for each in ("io_binding", "get_inputs", "get_outputs")}
         stand_in = SimpleNamespace(run_with_iobinding=run, **kept)
-        monkeypatch.setattr(traffic.runner, name, stand_in)
+        monkeypatch.setattr(owner, name, stand_in)
     monkeypatch.setattr(Cache, "_run", sometimes(Cache._run, MemoryError("no memory")))
     monkeypatch.setattr(Cache, "bind", sometimes(Cache.bind, MemoryError("no binding"), share=0.01))
     traffic.run(requests=300)

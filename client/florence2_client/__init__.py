@@ -1,7 +1,8 @@
 """Call a Florence-2 server."""
 
 from florence2.coco import Coco
-from florence2_client.client import AsyncFlorence2Client, Florence2Client
+from florence2_client.async_client import AsyncFlorence2Client
+from florence2_client.client import Florence2Client
 from florence2_client.errors import ServerRefused
 from florence2_client.pictures import Image
 from florence2_client.results import CaptionedInstances, Instance, Instances, Result, Text

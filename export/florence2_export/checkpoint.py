@@ -27,9 +27,10 @@ from florence2_export.layouts import (
     name_in,
     native_config,
 )
+from florence2_export.native_model import native_model
 from florence2_export.source import SETTINGS, CheckpointError, Source, open_source, told_of_checkpoint
 from florence2_export.tokenizer import FLORENCE_TOKENS, IMAGE, load_tokenizer, special_ids
-from florence2_export.weights import Weights, adapter_error, native_model, open_weights
+from florence2_export.weights import Weights, adapter_error, open_weights
 
 __all__ = ["Checkpoint", "CheckpointError", "load_checkpoint"]
 

@@ -25,8 +25,9 @@ from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
 from florence2.generation.request import Request, check_tensors
-from florence2.generation.runner import GraphRunner, encoder_options
+from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
+from florence2.generation.sessions import encoder_options
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import ModelSettings, read_json
 

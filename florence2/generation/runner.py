@@ -5,31 +5,22 @@ the candidates come back. On a GPU the shapes of a step are rounded up to powers
 all.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.caches import CacheSizes, Rows, fitted, in_blocks
+from florence2.generation.caches import CacheSizes, Rows, fitted
+from florence2.generation.decoder_steps import DecoderSteps
 from florence2.generation.memory import Cache, available_bytes
 from florence2.generation.request import Request
-from florence2.generation.sessions import Options, session, tensorrt_options
-from florence2.manifest import Sizes
-
-if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, IOBinding, OrtValue
-
-logger = logging.getLogger(__name__)
+from florence2.generation.sessions import Options, session
 
 Ids = NDArray[np.int64]
 
-STEPS = 256
-"""Bindings that are kept, one per combination of shapes that a step had."""
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -54,15 +45,12 @@ class GraphRunner:
         self._device = "cpu" if provider == "cpu" else "cuda"
         self._rounds = self._device != "cpu"
         self._encoder = session(folder / "encoder.onnx", provider, threads, encoder_options)
-        if cuda_graphs >= STEPS:
-            raise ValueError(f"cuda_graphs is {cuda_graphs}; at most {STEPS - 1} are kept")
-        self._without_graphs = partial(session, folder / "decoder.onnx", self._device, threads)
-        self._decoder, self._graphs_left = _decoder_session(folder, self._device, threads, cuda_graphs)
+        self._decoder = DecoderSteps(folder / "decoder.onnx", self._device, threads, cuda_graphs)
         self._relayout = session(folder / "relayout.onnx", self._device, threads)
         self._encoding = self._encoder.io_binding()
-        if "beam_rows" not in (found.name for found in self._decoder.get_inputs()):
+        if "beam_rows" not in (found.name for found in self._decoder.session.get_inputs()):
             raise ValueError(f"{folder} holds graphs of an earlier version: export the checkpoint again and release it")
-        past = next(found for found in self._decoder.get_inputs() if found.name.startswith("past_key_values."))
+        past = next(found for found in self._decoder.session.get_inputs() if found.name.startswith("past_key_values."))
         self.caches = caches = replace(caches, itemsize=np.dtype(TYPES[past.type]).itemsize)
         # What a GPU has left only the allocation itself tells.
         if self._device == "cpu" and caches.bytes > (available := available_bytes()):
@@ -76,13 +64,12 @@ class GraphRunner:
         self._placement = Rows(caches.rows, caches.decoder_entries)
         self._rows: dict[Request, Ids] = {}
         self._slots: dict[Request, int] = {}
-        self._steps: dict[tuple, Step] = {}
 
     def _allocate(self, kind: str, entries: int) -> dict[str, Cache]:
         """Under the decoder's input names."""
         return {
             found.name: Cache(entries, found.shape[1], found.shape[3], TYPES[found.type], self._device, self._relayout)
-            for found in self._decoder.get_inputs()
+            for found in self._decoder.session.get_inputs()
             if found.name.endswith((f".{kind}.key", f".{kind}.value"))
         }
 
@@ -138,12 +125,10 @@ class GraphRunner:
             "moved_to": _repeated_last(moved_to),
             **self._cross_attention(count),
         }
-        step = self._step(feeds)
         # A row that is moved from, and not one of the beams' any more, loses its first column to what runs before.
-        if not (moved_from[:, 0] >= len(rows)).any() and not self._capture(step, feeds):
-            step = self._step(feeds)
-        step.run(self._decoder, feeds)
-        ids, logprobs = (value.numpy() for value in step.candidates)
+        may_capture = not (moved_from[:, 0] >= len(rows)).any()
+        columns = self._past_columns, self._cross_columns
+        ids, logprobs = self._decoder.run(feeds, self._past, self._cross, columns, may_capture)
         return [(ids[rows], logprobs[rows]) for rows in self._rows.values()]
 
     def clear(self, request: Request) -> None:
@@ -204,60 +189,6 @@ class GraphRunner:
         self._slots = {request: slot for slot, request in enumerate(slots)}
         self._cross_columns = columns
 
-    def _step(self, feeds: Mapping[str, Ids]) -> "Step":
-        """The decoder bound for these shapes."""
-        key = (self._past_columns, self._cross_columns, *(value.shape for value in feeds.values()))
-        if key not in self._steps:
-            if len(self._steps) == STEPS:
-                # The oldest without a graph; graphs stay, as their number is bounded and their making is slow.
-                self._steps.pop(next(key for key, step in self._steps.items() if step.graph < 0))
-            self._steps[key] = self._bind(feeds)
-        return self._steps[key]
-
-    def _bind(self, feeds: Mapping[str, Ids]) -> "Step":
-        from onnxruntime import OrtValue
-
-        binding = self._decoder.io_binding()
-        rows, slots = len(feeds["input_ids"]), len(feeds["beam_rows"])
-        for name, cache in self._past.items():
-            cache.bind(binding, rows, input=name, output=name.replace("past_key_values", "present"))
-        for name, cache in self._cross.items():
-            cache.bind(binding, slots, input=name)
-        inputs = {name: OrtValue.ortvalue_from_numpy(value, self._device) for name, value in feeds.items()}
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
-        shape = (rows, self._decoder.get_outputs()[0].shape[1])
-        ids, logprobs = (
-            OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device) for dtype in (np.int64, np.float32)
-        )
-        binding.bind_ortvalue_output("candidate_ids", ids)
-        binding.bind_ortvalue_output("candidate_logprobs", logprobs)
-        return Step(binding, inputs, (ids, logprobs))
-
-    def _capture(self, step: "Step", feeds: Mapping[str, Ids]) -> bool:
-        """A CUDA graph of shapes that come again and again. False if that failed, and there are no graphs, and no bound
-        steps, from now on.
-
-        ONNX Runtime takes the step twice while it captures one, and the entries that a step moves can only be moved
-        once. So it is captured with nothing to move but an entry to its own place; what else that writes, the step
-        itself writes again, but for rows that are no beam's any more."""
-        step.times += 1
-        if not (self._graphs_left and step.graph < 0 and step.times > 2):
-            return True
-        step.graph = self._graphs_left
-        self._graphs_left -= 1
-        still = np.zeros_like(feeds["moved_from"])
-        try:
-            step.run(self._decoder, {**feeds, "moved_from": still, "moved_to": still})
-        except Exception as error:
-            # They are for speed alone: whoever serves should know, and go on. The session's stream may be stuck.
-            logger.warning("no more CUDA graphs: %s", error)
-            self._graphs_left = 0
-            self._steps.clear()
-            self._decoder = self._without_graphs()
-            return False
-        return True
-
     def _rounded(self, count: int, most: int) -> int:
         """On a GPU up to a power of two, which costs next to nothing there and makes shapes come again."""
         return min(_power_of_two(count), most) if self._rounds else count
@@ -286,52 +217,6 @@ class GraphRunner:
             row_beams[own] = slot * beams + np.arange(len(own))
             mask[slot, : request.encoder_length] = 1
         return {"beam_rows": beam_rows, "row_beams": row_beams, "encoder_attention_mask": mask}
-
-
-class Step:
-    """The decoder bound for one combination of shapes: inputs that are written in place, caches, candidates."""
-
-    def __init__(
-        self, binding: "IOBinding", inputs: Mapping[str, "OrtValue"], candidates: tuple["OrtValue", "OrtValue"]
-    ) -> None:
-        self.candidates = candidates
-        self.times = 0
-        self.graph = -1
-        """The number of its CUDA graph; ONNX Runtime takes -1 for none."""
-        self._binding, self._inputs = binding, inputs
-
-    def run(self, decoder: "InferenceSession", feeds: Mapping[str, Ids]) -> None:
-        from onnxruntime import RunOptions
-
-        for name, value in feeds.items():
-            self._inputs[name].update_inplace(value)
-        options = RunOptions()
-        options.add_run_config_entry("gpu_graph_id", str(self.graph))
-        decoder.run_with_iobinding(self._binding, options)
-
-
-def _decoder_session(folder: Path, device: str, threads: int, cuda_graphs: int) -> tuple["InferenceSession", int]:
-    """And how many CUDA graphs it can capture."""
-    path = folder / "decoder.onnx"
-    if device == "cuda" and cuda_graphs:
-        try:
-            return session(path, device, threads, {"enable_cuda_graph": "1"}), cuda_graphs
-        except Exception as error:
-            # They are for speed alone: whoever serves should know, and go on.
-            logger.warning("no CUDA graphs: %s", error)
-    return session(path, device, threads), 0
-
-
-def encoder_options(sizes: Sizes, batch: int, block: int, cache: str) -> Options:
-    """For TensorRT: the shapes that `encode` comes with, `batch` requests at most."""
-    image = sizes.image_tokens
-
-    def shapes(requests: int, prompt: int) -> dict[str, tuple[int, ...]]:
-        ids = (requests, prompt)
-        return {"image_features": (requests, image, sizes.d_model), "input_ids": ids, "attention_mask": ids}
-
-    usual, most = (in_blocks(length, block) - image for length in (image + 1, sizes.max_position_embeddings))
-    return tensorrt_options(shapes(1, 1), shapes(1, usual), shapes(batch, most), cache)
 
 
 def _power_of_two(count: int) -> int:

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from florence2.generation.caches import in_blocks
+from florence2.manifest import Sizes
+
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession
 
@@ -80,3 +83,15 @@ def available_cores(cpu_max: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
         return max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no cgroup v2 here, or no quota ("max")
         return cores
+
+
+def encoder_options(sizes: Sizes, batch: int, block: int, cache: str) -> Options:
+    """For TensorRT: the shapes that `encode` comes with, `batch` requests at most."""
+    image = sizes.image_tokens
+
+    def shapes(requests: int, prompt: int) -> dict[str, tuple[int, ...]]:
+        ids = (requests, prompt)
+        return {"image_features": (requests, image, sizes.d_model), "input_ids": ids, "attention_mask": ids}
+
+    usual, most = (in_blocks(length, block) - image for length in (image + 1, sizes.max_position_embeddings))
+    return tensorrt_options(shapes(1, 1), shapes(1, usual), shapes(batch, most), cache)
