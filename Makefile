@@ -47,7 +47,7 @@ fuzz: .venv/installed
 
 screenshots: .venv/installed
 	mkdir -p docs/images
-	FLORENCE2_SCREENSHOTS=$(CURDIR)/docs/images $(BIN)/pytest tests/test_ui.py
+	FLORENCE2_SCREENSHOTS=$(CURDIR)/docs/images $(BIN)/pytest tests/server/test_ui.py
 
 lint: .venv/installed
 	$(BIN)/ruff check $(SOURCES)

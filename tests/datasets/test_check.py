@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from florence2_cli import main
 from florence2_datasets.check import check
 from florence2_datasets.findings import KINDS, LABELS, SHOWN, Report
@@ -23,7 +24,7 @@ from PIL import Image, ImageColor
 
 from florence2.drawing import draw
 
-CHECKPOINT = Path(__file__).parents[1] / "demo" / "checkpoint"
+CHECKPOINT = ROOT / "demo" / "checkpoint"
 WIDTH, HEIGHT = 640, 480
 GOOD = "a cat<loc_100><loc_200><loc_300><loc_400>"
 

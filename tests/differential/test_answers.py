@@ -4,12 +4,12 @@ import json
 import random
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -23,7 +23,6 @@ from florence2.tasks import TASKS, AnswerKind
 # A busy machine is slow now and then.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
 MICROSOFT = ROOT.parent / "shared" / "fixtures" / "microsoft_layout"
 ONE_TASK_PER_KIND = {task.answer: token for token, task in TASKS.items()}

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from florence2_demo import bpe, model, words
 from florence2_demo.build import Recipe, Stage, train
 from florence2_demo.examples import EXAMPLES
@@ -26,7 +27,6 @@ from transformers import AutoProcessor, Florence2Config, Florence2ForConditional
 from florence2.answer_limits import repeats
 from florence2.tasks import TASKS
 
-ROOT = Path(__file__).parents[1]
 VOCABULARY = bpe.build()
 SIZE = (200, 100)
 CIRCLES = (

@@ -2,11 +2,11 @@
 
 import json
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,6 @@ from florence2.tasks import TASKS, Takes
 # A busy machine is slow now and then.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "demo" / "checkpoint"
 MICROSOFT = ROOT.parent / "shared" / "fixtures" / "microsoft_layout"
 REGION = "<loc_52><loc_333><loc_932><loc_774>"

@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from conftest import ROOT
 from florence2_export import tensorrt
 from florence2_export.export import export
 from onnx import TensorProto
 
 from florence2.manifest import Manifest
 
-OPERATORS = (Path(__file__).parent / "data" / "tensorrt_operators.txt").read_text().splitlines()[1:]
+OPERATORS = (ROOT / "tests" / "data" / "tensorrt_operators.txt").read_text().splitlines()[1:]
 
 
 @pytest.fixture(scope="module")

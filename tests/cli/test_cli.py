@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from florence2_cli import COMMANDS, main
 from florence2_cli.ask import describe
 from serving import result
@@ -53,7 +54,7 @@ def test_a_response_cache_has_a_size(size: str, capsys: pytest.CaptureFixture[st
 
 
 def test_the_script_and_the_command_are_the_same(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "export" / "to_onnx.py"
+    script = ROOT / "export" / "to_onnx.py"
     done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 1
     assert "config.json" in done.stderr

@@ -4,11 +4,11 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from florence2.answers import AnswerParser, Decoded, Detokenizer, instances
 from florence2.tasks import TASKS, AnswerKind
 
-DEMO = Path(__file__).resolve().parents[1] / "demo" / "checkpoint"
+DEMO = ROOT / "demo" / "checkpoint"
 TASK_OF = {task.answer: task for task in TASKS.values()}
 WITH_SHAPES = [kind for kind in AnswerKind if kind is not AnswerKind.PURE_TEXT]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DEMO_CHECKPOINT
+from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_cli import main
 from florence2_client import Florence2Client
 from florence2_release import startup
@@ -25,7 +25,7 @@ from florence2_release.rollback import roll_back
 from florence2_release.rollout import Rollout
 from florence2_release.server import TritonServer
 
-ARCHIVE = Path(__file__).parent / "data" / "repository-bb97b87.tar.xz"
+ARCHIVE = ROOT / "tests" / "data" / "repository-bb97b87.tar.xz"
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"
 
 pytestmark = pytest.mark.server
