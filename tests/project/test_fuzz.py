@@ -57,7 +57,7 @@ def digest() -> str:
 def test_an_input_can_be_made_again_in_another_process():
     code = "import sys; sys.path[:0] = sys.argv[1:]; import test_fuzz; print(test_fuzz.digest())"
     found = subprocess.run(
-        [sys.executable, "-c", code, str(ROOT / "tests"), str(ROOT / "benchmarks")],
+        [sys.executable, "-c", code, str(ROOT / "tests"), str(ROOT / "tests" / "project"), str(ROOT / "benchmarks")],
         env=os.environ | {"PYTHONHASHSEED": "1"},
         capture_output=True,
         text=True,
