@@ -1,9 +1,12 @@
-# make        builds .venv          make test   all tests, the real server's included
-# make demo   the whole way, live   make lint   ruff, format check, mypy
-# make soak   proofs that take longer than CI allows
-# make fuzz   hostile inputs: SEED=1 INPUTS=100000, FUZZ for other options of `python -m fuzz`
+# make                 builds .venv
+# make demo            the whole way, live
+# make test            all tests, the real server's included; ROOM=client those of one room
+# make lint            ruff, format check, mypy
+# make soak            proofs that take longer than CI allows
+# make fuzz            hostile inputs: SEED=1 INPUTS=100000, FUZZ for other options of `python -m fuzz`
 # make perf_analyzer   Triton's load generator, for florence2 bench
 # make screenshots     of the page, into docs/images
+# make clean           removes .venv and var
 
 SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
@@ -16,7 +19,7 @@ SOURCES := $(PACKAGES) export/to_onnx.py export/to_tensorrt.py model_repository 
 # saves gigabytes: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make
 TORCH := torch==2.13.0
 
-.PHONY: all demo test lint screenshots soak fuzz perf_analyzer clean
+.PHONY: all help demo test lint screenshots soak fuzz perf_analyzer clean
 all: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -32,8 +35,12 @@ all: .venv/installed
 demo: .venv/installed
 	$(BIN)/python demo/run.py
 
+help:
+	@sed -n 's/^# \(make.*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+
+ROOM :=
 test: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest $(if $(ROOM),tests/$(ROOM),-n 2 --dist loadfile)
 
 soak: .venv/installed
 	$(BIN)/pytest -m soak -s

@@ -1,4 +1,7 @@
-"""The `florence2` command. One file per subcommand; each imports its room when it runs."""
+"""The `florence2` command. One file per subcommand; each imports its room when it runs.
+
+Nothing imports it; it imports every room but the demo.
+"""
 
 import argparse
 import importlib

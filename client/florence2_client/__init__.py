@@ -1,4 +1,7 @@
-"""Call a Florence-2 server."""
+"""Call a Florence-2 server.
+
+The applications, release and evaluation import it; it imports florence2.
+"""
 
 from florence2.coco import Coco
 from florence2_client.async_client import AsyncFlorence2Client

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.memory import Cache
+from florence2.generation.device_memory import Cache
 from florence2.generation.sessions import session
 
 if TYPE_CHECKING:

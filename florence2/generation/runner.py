@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from florence2.generation.caches import CacheSizes, Rows, fitted
 from florence2.generation.decoder_steps import DecoderSteps
-from florence2.generation.memory import Cache, available_bytes
+from florence2.generation.device_memory import Cache, available_bytes
 from florence2.generation.request import Request
 from florence2.generation.sessions import Options, session
 

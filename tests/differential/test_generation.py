@@ -26,8 +26,8 @@ from florence2.errors import Cancelled, TimeIsOver, Unavailable
 from florence2.generation import decoder_steps
 from florence2.generation.beam_search import Generation, banned_tokens
 from florence2.generation.caches import CacheSizes
+from florence2.generation.device_memory import Cache
 from florence2.generation.engine import Candidates, Engine, Runner
-from florence2.generation.memory import Cache
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from florence2.generation.memory import available_bytes
+from florence2.generation.device_memory import available_bytes
 from florence2.generation.sessions import available_cores
 
 

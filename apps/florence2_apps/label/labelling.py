@@ -8,15 +8,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from florence2_apps.label.job import Job
-from florence2_apps.label.journal import Journal
-from florence2_apps.label.sources import Picture, Reading, Source
-from florence2_apps.label.writers import WRITERS
 from florence2_client import Florence2Client
 from PIL import Image
 
 from florence2.prompts import task_of
 from florence2.tasks import AnswerKind
+from florence2_apps.label.job import Job
+from florence2_apps.label.journal import Journal
+from florence2_apps.label.sources import Picture, Reading, Source
+from florence2_apps.label.writers import WRITERS
 
 RETRIES = 10
 """Of a request, so that a run outlives half a minute without a server, or with a busy one."""

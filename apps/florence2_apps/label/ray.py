@@ -16,9 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
-from florence2_apps.label.job import Job, same_job, to_line
-from florence2_apps.label.labelling import RETRIES, Labelled, check_server, rows
-from florence2_apps.label.sources import Picture, Source, picture
 from florence2_client import Florence2Client
 from pyarrow import parquet
 from pyarrow.fs import FileSelector, FileSystem, FileType
@@ -27,6 +24,10 @@ from ray.data.block import BlockAccessor, BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import BlockBasedFileDatasink
 from ray.exceptions import RayError
+
+from florence2_apps.label.job import Job, same_job, to_line
+from florence2_apps.label.labelling import RETRIES, Labelled, check_server, rows
+from florence2_apps.label.sources import Picture, Source, picture
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,10 +8,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from florence2_apps.label.job import Job
 from florence2_client.results import read_instances
 
 from florence2.coco import CocoRows
+from florence2_apps.label.job import Job
 
 _ROWS = 1000
 """Of a Parquet row group."""

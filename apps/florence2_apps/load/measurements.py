@@ -15,13 +15,13 @@ from typing import Any
 
 import jinja2
 import matplotlib
-from florence2_apps.load.analyzer import Windows
-from florence2_apps.load.load_levels import STAGE_NAMES, Run
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from florence2.prompts import task_of
+from florence2_apps.load.analyzer import Windows
+from florence2_apps.load.load_levels import STAGE_NAMES, Run
 
 _TEMPLATE = "report.html.jinja"
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from florence2_apps.page.answer import Answered, drawn
-from florence2_apps.page.form import Request, Server, box_of, numbers, takes_of
-from florence2_apps.page.layout import HINT, KEPT, Code, Form, View
 from florence2_client import Florence2Client
 
 from florence2.tasks import Takes
+from florence2_apps.page.answer import Answered, drawn
+from florence2_apps.page.form import Request, Server, box_of, numbers, takes_of
+from florence2_apps.page.layout import HINT, KEPT, Code, Form, View
 
 _AT_ONCE = 16
 """Requests of all users that the page has with the server at the same time."""

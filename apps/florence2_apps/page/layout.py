@@ -3,11 +3,12 @@
 from typing import Any
 
 import gradio as gr
+from florence2_client import Instances
+from gradio.data_classes import ImageData
+
 from florence2_apps.page import answer as shown
 from florence2_apps.page.answer import Answered
 from florence2_apps.page.form import OWN
-from florence2_client import Instances
-from gradio.data_classes import ImageData
 
 NAMES = {
     "<OD>": "Objects",

@@ -1,0 +1,147 @@
+"""The rooms: who imports whom, and where a module's test is."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ROOMS = ("cli", "apps", "release", "demo", "training", "evaluation", "export", "datasets", "client")
+IMPORTS = {
+    "florence2": set(),
+    "client": {"florence2"},
+    "datasets": {"florence2"},
+    "export": {"florence2"},
+    "evaluation": {"florence2", "client", "datasets", "export"},
+    "training": {"florence2", "datasets", "export", "evaluation"},
+    "apps": {"florence2", "client"},
+    "release": {"florence2", "client", "datasets", "evaluation"},
+    "demo": {"florence2", "datasets", "export", "evaluation", "training"},
+    "cli": {"florence2", "client", "datasets", "export", "evaluation", "training", "apps", "release"},
+}
+HEAVY = {"torch", "transformers", "peft", "accelerate"}
+
+LONG = 60
+"""Lines from which on a module has a test of its own name, or a line here."""
+TESTS = {
+    "apps/test_label": "apps.label.job apps.label.journal apps.label.writers",
+    "apps/test_load": "apps.load.inputs apps.load.measurements apps.load.server_counters",
+    "backend/test_models": """florence2.backend.beam_search florence2.backend.metric_names florence2.backend.metrics
+        florence2.backend.postprocess florence2.backend.preprocess florence2.backend.tensors
+        florence2.backend.vision_encoder florence2.backend.worker""",
+    "cli/test_cli": "cli.__init__",
+    "client/test_client": "client.async_client client.pictures client.task_methods",
+    "client/test_results": "florence2.coco",
+    "datasets/test_check": """cli.data datasets.findings datasets.parsing datasets.picture_check datasets.picture_files
+        datasets.rounding datasets.sample_page""",
+    "datasets/test_formats": """datasets.chats datasets.coco datasets.markup datasets.objects datasets.record
+        datasets.rows datasets.voc datasets.yolo""",
+    "demo/test_build": """demo.__main__ demo.evaluate demo.lessons demo.model demo.pages demo.picture_store
+        demo.samples demo.stamps demo.tower demo.words""",
+    "differential/test_evaluation_models": """evaluation.model_io evaluation.onnx_model evaluation.served_model
+        evaluation.torch_model""",
+    "differential/test_generation": """export.graphs export.text_graphs florence2.generation.beam_search
+        florence2.generation.decoder_steps florence2.generation.device_memory florence2.generation.request
+        florence2.generation.runner""",
+    "differential/test_prompts": "florence2.tasks",
+    "evaluation/test_report": "cli.eval evaluation.gallery",
+    "evaluation/test_score": "evaluation.captions evaluation.detection evaluation.group",
+    "export/test_checkpoint": """export.checkpoint_settings export.layouts export.native_model export.source
+        export.tokenizer export.weights""",
+    "export/test_export": "export.onnx_files export.parity export.vision_graph florence2.manifest",
+    "export/test_hostile_checkpoint": "florence2.fields",
+    "export/test_hostile_files": "florence2.tokenizer_file",
+    "export/test_javascript": "export.greedy_parity export.javascript_graphs",
+    "florence2/test_images": "florence2.image_headers",
+    "release/test_health": "release.processes release.watchdog",
+    "release/test_repository": "cli.releases release.startup",
+    "server/test_label_server": "apps.label.labelling",
+    "server/test_perf_analyzer": "apps.load.analyzer apps.load.load_levels cli.bench",
+    "server/test_rollout": """cli.release release.candidate release.gate release.make_export
+        release.model_control""",
+    "server/test_server": "cli.serve release.reaper release.tritonserver",
+    "server/test_serving": "cli.ask",
+    "server/test_ui": """apps.page.answer apps.page.app apps.page.form apps.page.layout
+        apps.page.page_server""",
+    "training/test_corpus": "training.sampler",
+    "training/test_loop": """training.features training.objective training.progress training.run_state training.train
+        training.trainable training.validation""",
+    "training/test_merge": "training.adapters training.saving",
+    "training/test_recipe": "training.dry_run training.run_folder",
+}
+"""Where the others are tested."""
+
+
+def folder(room: str) -> Path:
+    return ROOT / room if room == "florence2" else ROOT / room / f"florence2_{room}"
+
+
+def modules(room: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder(room).rglob("*.py")):
+        yield ".".join(path.relative_to(folder(room)).with_suffix("").parts), path
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names, those that are imported inside of functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", IMPORTS)
+def test_a_room_imports_what_lies_below_it(room: str) -> None:
+    assert set(ROOMS) | {"florence2"} == set(IMPORTS)
+    found = set().union(*(imported(path) for _, path in modules(room)))
+    rooms = {name.removeprefix("florence2_") for name in found if name.startswith("florence2")} - {room}
+    assert rooms <= IMPORTS[room]
+    assert rooms == IMPORTS[room], "the table allows what nobody needs"
+
+
+def test_the_table_has_no_circle() -> None:
+    below = dict(IMPORTS)
+    while free := [room for room, others in below.items() if not others & below.keys()]:
+        for room in free:
+            del below[room]
+    assert not below
+
+
+def test_the_readme_has_the_same_table() -> None:
+    lines = re.findall(r"^\| \[(\w+)/\]\(\w+\) \|.*\|(.*?)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    found = {room: set(re.findall(r"\w+", others)) & set(IMPORTS) for room, others in lines if room in IMPORTS}
+    assert found == IMPORTS
+
+
+def test_what_serves_or_judges_a_server_imports_no_torch() -> None:
+    for room in ("florence2", "client", "apps", "datasets", "release", "evaluation"):
+        heavy = {name for name, path in modules(room) if imported(path) & HEAVY}
+        assert heavy == ({"torch_model"} if room == "evaluation" else set())
+
+
+def test_a_model_file_imports_the_backend_alone() -> None:
+    files = list((ROOT / "model_repository").glob("*/*/model.py"))
+    assert len(files) == 4
+    assert all(imported(path) == {"florence2"} for path in files)
+
+
+def test_a_room_says_what_it_is_for() -> None:
+    for room in IMPORTS:
+        said = ast.get_docstring(ast.parse((folder(room) / "__init__.py").read_text())) or ""
+        assert "import" in said, room
+
+
+def test_a_module_has_a_test_of_its_name() -> None:
+    tests = {str(path.relative_to(ROOT / "tests").with_suffix("")) for path in (ROOT / "tests").rglob("test_*.py")}
+    names = {name.rpartition("/test_")[2] for name in tests}
+    without = set()
+    for room in IMPORTS:
+        for name, path in modules(room):
+            if len(path.read_text().splitlines()) > LONG and name.rpartition(".")[2] not in names:
+                without.add(f"{room}.{name}" if room != "florence2" else f"florence2.{name}")
+    assert without == set(" ".join(TESTS.values()).split())
+    assert tests >= TESTS.keys()
