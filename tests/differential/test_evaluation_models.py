@@ -11,7 +11,7 @@ import torch
 from conftest import DEMO_CHECKPOINT
 from florence2_client import ServerRefused, Text
 from florence2_datasets.record import Example, Problem
-from florence2_evaluation import models
+from florence2_evaluation import served_model
 from florence2_evaluation.model_io import predicted
 from florence2_evaluation.onnx_model import OnnxModel
 from florence2_evaluation.prediction import Prediction
@@ -244,7 +244,7 @@ STATUS = {"refused": "INVALID_ARGUMENT", "gone": "UNAVAILABLE"}
 def test_what_a_server_refuses_is_reported_and_a_server_that_is_gone_ends_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "Florence2Client", FakeClient)
+    monkeypatch.setattr(served_model, "Florence2Client", FakeClient)
     image = PICTURES / "scene-1.png"
     (tmp_path / "broken.png").write_bytes(image.read_bytes()[:3000])
     asked = [

@@ -156,7 +156,7 @@ def test_a_profile_that_a_kill_left_half_way_is_finished(repository: Path) -> No
         install_config(model, *rest)  # type: ignore[arg-type]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "settle", killed)
+        patch.setattr(configs, "write_model", killed)
         with pytest.raises(KeyboardInterrupt):
             startup.prepare(Repository(repository), "cuda")
     assert parsed(repository / "beam_search" / "config.pbtxt").instance_group[0].kind == ModelInstanceGroup.KIND_CPU
@@ -239,7 +239,7 @@ def test_a_profile_that_there_is_not(repository: Path, demo_export: Path, tmp_pa
 def test_a_repository_that_cannot_be_written_is_served_as_it_is(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("florence2_release.repository.os.access", lambda *_: False)
+    monkeypatch.setattr("os.access", lambda *_: False)
     startup.prepare(Repository(repository))
     startup.prepare(Repository(repository), "cpu")
     with pytest.raises(ValueError, match=r"is not made for --profile cuda, and can't be written: start"):
@@ -253,7 +253,7 @@ def test_engines_have_a_place_in_a_repository_that_cannot_be_written(
     install(demo_export, tmp_path / "models", profile="tensorrt-ep")
     repository = Repository(tmp_path / "models")
     startup.prepare(repository, engine_cache=tmp_path / "engines")
-    monkeypatch.setattr("florence2_release.repository.os.access", lambda *_: False)
+    monkeypatch.setattr("os.access", lambda *_: False)
     startup.prepare(repository)
     startup.prepare(repository, engine_cache=tmp_path / "engines")
     with pytest.raises(ValueError, match=r"is not made for --engine-cache /elsewhere, and can't be written: start"):

@@ -12,6 +12,7 @@ import pytest
 from florence2_release import configs, startup
 from florence2_release.ensemble import ENSEMBLE
 from florence2_release.install import install
+from florence2_release.prune import prune
 from florence2_release.repository import Repository
 from florence2_release.rollback import roll_back
 from florence2_release.version_files import FILES
@@ -127,8 +128,8 @@ def test_a_number_is_never_used_again(export: Path, tmp_path: Path) -> None:
         assert install(changed(export, tmp_path / str(number), "decoder.onnx"), repository).number == number
     kept = Repository(repository)
     with pytest.raises(ValueError, match="releases to keep are counted from 0 on, not -1"):
-        kept.prune(-1)
-    assert [release.number for release in kept.prune(0)] == [1, 2]
+        prune(kept, -1)
+    assert [release.number for release in prune(kept, 0)] == [1, 2]
     assert sorted(path.name for path in (repository / "beam_search").iterdir()) == ["3", "config.pbtxt"]
     assert [kept.state(release) for release in kept.releases()] == ["replaced", "replaced", "live"]
     assert [kept.is_there(release) for release in kept.releases()] == [False, False, True]
@@ -166,7 +167,7 @@ def test_the_release_before_stays_loaded(export: Path, tmp_path: Path) -> None:
         repository.reconcile()
     assert versions(repository.folder)["beam_search"] == [2, 3]
     assert [repository.state(release) for release in found] == ["replaced", "standby", "live"]
-    assert repository.prune(0) == [found[0]]
+    assert prune(repository, 0) == [found[0]]
     back = roll_back(repository, None, ENSEMBLE)
     assert (back.number, repository.live(ENSEMBLE), repository.pins(ENSEMBLE)["beam_search"]) == (2, 2, 2)
     assert versions(repository.folder)["beam_search"] == [2]
@@ -223,7 +224,7 @@ def test_an_interrupted_release_changes_nothing_and_the_next_goes_through(
         shutil.copy(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr("florence2_release.repository._take", full_disk)
+        patched.setattr("florence2_release.repository.copy", full_disk)
         with pytest.raises(OSError, match=r"release 2 could not be written \(.*No space left.*\); make room and"):
             install(other, repository)
     assert {path: path.read_bytes() for path in repository.glob("*/config.pbtxt")} == configs

@@ -250,7 +250,7 @@ def test_what_is_worse_broken_or_not_what_it_says_is_refused(
                 def full(source: Path, target: Path) -> None:
                     raise OSError(28, "No space left on device")
 
-                patched.setattr("florence2_release.repository._take", full)
+                patched.setattr("florence2_release.repository.copy", full)
                 with pytest.raises(OSError, match=r"could not be written .*No space left"):
                     released(repository, server, exports["cut"], gate)
             seen = len(traffic.answered)
