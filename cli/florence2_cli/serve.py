@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from florence2_release.server import TritonServer
+    from florence2_release.watchdog import Watchdog
 
 ENSEMBLE = "florence2"
 
@@ -67,18 +68,9 @@ def run(args: argparse.Namespace) -> int:
     from florence2_release import startup
     from florence2_release.health import Health, close_health, serve_health
     from florence2_release.repository import Repository
-    from florence2_release.server import TritonServer
     from florence2_release.watchdog import Watchdog, keep_running
 
-    server = TritonServer(
-        args.repository,
-        host=args.host,
-        http_port=args.http_port,
-        grpc_port=args.grpc_port,
-        metrics_port=args.metrics_port,
-        cache_size=args.response_cache and args.response_cache * 2**20,
-        max_http_size=args.max_http_megabytes and args.max_http_megabytes * 2**20,
-    )
+    server = _server(args)
     watchdog = Watchdog(server, _say)
     repository, serving = Repository(server.repository), contextlib.ExitStack()
     profile = args.profile
@@ -108,20 +100,39 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         health.is_draining = True
         _say("stopping: requests in flight may finish (Ctrl-C again ends them)")
-        try:
-            watchdog.stop()
-            if args.response_cache:
-                _say(_hits(server))
-            server.stop()
-        except KeyboardInterrupt:
-            return 128 + signal.SIGINT
-        _say("stopped")
-        return 0
+        return _stop(server, watchdog, bool(args.response_cache))
     finally:
         health.is_draining = True
         watchdog.stop()
         server.stop()
         serving.close()
+
+
+def _server(args: argparse.Namespace) -> "TritonServer":
+    from florence2_release.server import TritonServer
+
+    return TritonServer(
+        args.repository,
+        host=args.host,
+        http_port=args.http_port,
+        grpc_port=args.grpc_port,
+        metrics_port=args.metrics_port,
+        cache_size=args.response_cache and args.response_cache * 2**20,
+        max_http_size=args.max_http_megabytes and args.max_http_megabytes * 2**20,
+    )
+
+
+def _stop(server: "TritonServer", watchdog: "Watchdog", has_cache: bool) -> int:
+    """-> the exit code."""
+    try:
+        watchdog.stop()
+        if has_cache:
+            _say(_hits(server))
+        server.stop()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    _say("stopped")
+    return 0
 
 
 def _stop_on_signals() -> None:

@@ -47,15 +47,7 @@ def quantize(model: ModelProto, one_picture: bool) -> None:
             continue
         if layer.activation not in rows:
             rows[layer.activation] = _quantize_rows(nodes, layer.activation)
-        quantized, largest = rows[layer.activation]
-        # ONNX Runtime makes this of MatMulInteger and its scales, where that of the activation is a single number.
-        inputs = quantized, names[0], "int8.step", names[1], "int8.zero_point"
-        product = _add(nodes, "MatMulIntegerToFloat", inputs, f"{layer.output}.product", domain="com.microsoft")
-        if layer.bias:
-            product = _add(nodes, "Mul", (product, largest), f"{layer.output}.scaled")
-            _add(nodes, "Add", (product, layer.bias), layer.output)
-        else:
-            _add(nodes, "Mul", (product, largest), layer.output)
+        _multiply_rows(nodes, layer, *rows[layer.activation], *names)
     del graph.node[:]
     graph.node.extend(nodes)
     # With shapes at hand ONNX Runtime fuses SkipLayerNormalization, which is slower than its parts.
@@ -112,6 +104,19 @@ def _quantize_rows(nodes: list[NodeProto], name: str) -> tuple[str, str]:
     share = _add(nodes, "Div", (name, largest), f"{name}.share")
     quantized = _add(nodes, "QuantizeLinear", (share, "int8.step", "int8.zero_point"), f"{name}.quantized")
     return quantized, largest
+
+
+def _multiply_rows(
+    nodes: list[NodeProto], layer: _Linear, quantized: str, largest: str, weight: str, scale: str
+) -> None:
+    # ONNX Runtime makes this of MatMulInteger and its scales, where that of the activation is a single number.
+    inputs = quantized, weight, "int8.step", scale, "int8.zero_point"
+    product = _add(nodes, "MatMulIntegerToFloat", inputs, f"{layer.output}.product", domain="com.microsoft")
+    if layer.bias:
+        product = _add(nodes, "Mul", (product, largest), f"{layer.output}.scaled")
+        _add(nodes, "Add", (product, layer.bias), layer.output)
+    else:
+        _add(nodes, "Mul", (product, largest), layer.output)
 
 
 def quantized_weight(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

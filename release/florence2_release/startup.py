@@ -36,26 +36,28 @@ def prepare(
         with repository.locked(wait=False):
             if changes:
                 check_idle(repository)
-            for name in repository.ensembles():
-                if name.endswith(NEXT):
-                    repository.remove_candidate(name.removesuffix(NEXT))
-            repository.remove_leftovers()
-            _bring_up_to_date(repository)
             # Named even if it is what was there: a kill may have left models of two.
-            repository.reconcile(
-                profile=profile or repository.profile, response_cache=response_cache, engine_cache=engine_cache
-            )
-            for name in repository.ensembles():
-                if number := repository.live(name):
-                    repository.write_ensemble(name, number, repository.pins(name))
-            for folder in _engine_caches(repository):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _write(repository, profile or repository.profile, response_cache, engine_cache)
     except BlockingIOError:
         if changes:
             raise ValueError(
                 f"another command is at work on {repository.folder}; start again when it is done"
             ) from None
     _check_engine_caches(repository)
+
+
+def _write(repository: Repository, profile: str, response_cache: bool, engine_cache: Path | None) -> None:
+    for name in repository.ensembles():
+        if name.endswith(NEXT):
+            repository.remove_candidate(name.removesuffix(NEXT))
+    repository.remove_leftovers()
+    _bring_up_to_date(repository)
+    repository.reconcile(profile=profile, response_cache=response_cache, engine_cache=engine_cache)
+    for name in repository.ensembles():
+        if number := repository.live(name):
+            repository.write_ensemble(name, number, repository.pins(name))
+    for folder in _engine_caches(repository):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _check_read_only(

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -94,39 +94,19 @@ def read_corpus(sources: Sequence[Source], tokens: Tokens, file: Path, limit: in
     columns: list[tuple[int, int, int, int]] = []
     tasks: dict[str, int] = {}
     pictures: dict[str, int] = {}
-    problems: list[str] = []
     total = hashlib.sha256()
     repeating = 0
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("wb") as out:
-        found_all = _all_examples(sources, limit)
-        for found in tqdm(found_all, f"reading {file.stem}", unit=" samples", leave=False, disable=None):
-            example = found if isinstance(found, Problem) else _usable(found, tokens)
-            if isinstance(example, Problem):
-                problems.append(str(example))
-                continue
-            if example is None:
-                continue
+        for example in _usable_examples(sources, tokens, limit, f"reading {file.stem}"):
             image = str(example.image.resolve())
             answer = tokens.answer(example.suffix)
             repeating += repeats(answer, tokens.answers.ngram)
+            task = tasks.setdefault(name_of(example.prefix), len(tasks))
+            columns.append((out.tell(), len(answer), task, pictures.setdefault(image, len(pictures))))
             line = json.dumps({"image": image, "prefix": example.prefix, "suffix": example.suffix}) + "\n"
-            columns.append(
-                (
-                    out.tell(),
-                    len(answer),
-                    tasks.setdefault(name_of(example.prefix), len(tasks)),
-                    pictures.setdefault(image, len(pictures)),
-                )
-            )
             out.write(line.encode())
             total.update(line.encode())
-    if problems:
-        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        raise ValueError(
-            f"{len(problems)} samples can't be used: {'; '.join(problems[:_SHOWN])}{more}. "
-            "`florence2 data check --json` lists them all"
-        )
     if not columns:
         raise ValueError(f"no samples in {', '.join(source.data for source in sources)}")
     offsets, lengths, task_of_each, picture_of_each = (np.array(column) for column in zip(*columns, strict=True))
@@ -141,6 +121,23 @@ def read_corpus(sources: Sequence[Source], tokens: Tokens, file: Path, limit: in
         total.hexdigest(),
         repeating,
     )
+
+
+def _usable_examples(sources: Sequence[Source], tokens: Tokens, limit: int | None, doing: str) -> Iterator[Example]:
+    """Raises ValueError at the end, naming some, if there were samples that can't be used."""
+    problems: list[str] = []
+    for found in tqdm(_all_examples(sources, limit), doing, unit=" samples", leave=False, disable=None):
+        example = found if isinstance(found, Problem) else _usable(found, tokens)
+        if isinstance(example, Problem):
+            problems.append(str(example))
+        elif example is not None:
+            yield example
+    if problems:
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        raise ValueError(
+            f"{len(problems)} samples can't be used: {'; '.join(problems[:_SHOWN])}{more}. "
+            "`florence2 data check --json` lists them all"
+        )
 
 
 def _all_examples(sources: Sequence[Source], limit: int | None) -> Iterable[Example | Problem]:

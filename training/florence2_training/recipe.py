@@ -122,6 +122,14 @@ class Recipe:
             raise ValueError("lora.* says nothing with method full; leave it out, or set method to lora")
         if not 0 <= self.replay_share < 1:
             raise ValueError(f"replay_share is a part of an epoch, from 0 to below 1, not {self.replay_share}")
+        self._check_numbers()
+        needs_validation = (
+            self.metric_for_best_model != "loss" or self.early_stopping_patience is not None or self.eval_steps
+        )
+        if needs_validation and not self.validation:
+            raise ValueError("the recipe judges by validation, but has no validation data")
+
+    def _check_numbers(self) -> None:
         for name in _COUNTS:
             value = self.lora.r if name == "lora.r" else getattr(self, name)
             if value is not None and value < 1:
@@ -141,11 +149,6 @@ class Recipe:
         for task, weight in self.task_weights.items():
             if not weight >= 0:
                 raise ValueError(f"task_weights: {task} is from 0 on, not {weight}")
-        needs_validation = (
-            self.metric_for_best_model != "loss" or self.early_stopping_patience is not None or self.eval_steps
-        )
-        if needs_validation and not self.validation:
-            raise ValueError("the recipe judges by validation, but has no validation data")
 
 
 _COUNTS = (
