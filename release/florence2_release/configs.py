@@ -11,12 +11,14 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from florence2.files import write_whole
+from florence2_release.profiles import BEAM_SEARCH, COMMENTS, on_gpu
 
 FILE_NAME = "config.pbtxt"
 CPU = "cpu"
@@ -47,48 +49,82 @@ def write_model(
     Of a profile that this package ships, what was set in config.pbtxt stays, as far as it is a parameter that ships, or
     the instances; while another profile holds, it waits in configs/. A profile of somebody's own is configs/NAME.pbtxt
     as it stands when it is named; nothing is written there."""
-    path, told = model / FILE_NAME, response_cache is not None
+    path = model / FILE_NAME
     before = parsed(path) if path.is_file() else None
     current = profile_of(before) if before else CPU
     wanted = (profile if _has(model, profile) else CPU) if profile else current
-    kept, source = (_source(folder, wanted) for folder in (model, shipped() / model.name))
-    if before and wanted != current and _source(shipped() / model.name, current).is_file():
-        write(model / "configs" / f"{current}.pbtxt", before, _source(shipped() / model.name, current))
-    if response_cache is None:
-        response_cache = before is not None and before.response_cache.enable
-    if engine_cache is None and before:
-        engine_cache = engine_cache_of(before)
-    config = ModelConfig()
-    if not source.is_file():
-        own = path if before and not profile else kept
-        config.CopyFrom(parsed(own))
-        _complete(config, parsed(shipped() / model.name / FILE_NAME))
-        source, before = own, None
+    if before and wanted != current and (left := _shipped(model.name, current)):
+        write(_kept(model, current), before, left.comments)
+    if shipped_one := _shipped(model.name, wanted):
+        config, comments = shipped_one.config, shipped_one.comments
+        chosen = before if wanted == current else _parsed_if_there(_kept(model, wanted))
+        _keep(config, chosen)
     else:
-        config.CopyFrom(parsed(source))
-        if wanted != current:
-            kept = model / "configs" / f"{wanted}.pbtxt"
-            before = parsed(kept) if kept.is_file() else None
-    if before:
-        for key, parameter in before.parameters.items():
-            if key in config.parameters and (model.name, key, parameter.string_value) not in _SHIPPED_BEFORE:
-                config.parameters[key].CopyFrom(parameter)
-        del config.instance_group[:]
-        config.instance_group.extend(before.instance_group)
+        own = path if before and not profile else _kept(model, wanted)
+        config, comments, chosen = parsed(own), own.read_text(), None
+        _complete(config, parsed(shipped() / model.name / FILE_NAME))
     if wanted != CPU:
         config.parameters[_PROFILE].string_value = wanted
     config.version_policy.specific.versions[:] = versions
-    config.ClearField("response_cache")
-    if _CACHE_TOLD in config.parameters:
-        if before is not None and _CACHE_TOLD in before.parameters and not told:
-            response_cache = before.parameters[_CACHE_TOLD].string_value == "true"
-        config.parameters[_CACHE_TOLD].string_value = str(bool(response_cache)).lower()
-    if response_cache and model.name in CACHED and config.backend == "python":
-        config.response_cache.enable = True
-    if engine_cache:
+    _set_response_cache(config, before, chosen, response_cache)
+    if engine_cache := engine_cache or (before and engine_cache_of(before)):
         _set_engine_cache(config, engine_cache)
     if not path.is_file() or config != parsed(path):
-        write(path, config, source)
+        write(path, config, comments)
+
+
+@dataclass(frozen=True)
+class _Shipped:
+    config: ModelConfig
+    comments: str
+    """A config's text, whose comments explain it."""
+
+
+def _shipped(model: str, profile: str) -> _Shipped | None:
+    """What this package has for the profile."""
+    path = shipped() / model / FILE_NAME
+    if model == "beam_search" and profile in BEAM_SEARCH:
+        config = parsed(path)
+        on_gpu(config, BEAM_SEARCH[profile])
+        return _Shipped(config, path.read_text() + COMMENTS)
+    if profile != CPU:
+        path = _kept(path.parent, profile)
+    return _Shipped(parsed(path), path.read_text()) if path.is_file() else None
+
+
+def _kept(model: Path, profile: str) -> Path:
+    """Where the config of a profile lies that is not in use, or is somebody's own."""
+    return model / "configs" / f"{profile}.pbtxt"
+
+
+def _parsed_if_there(path: Path) -> ModelConfig | None:
+    return parsed(path) if path.is_file() else None
+
+
+def _keep(config: ModelConfig, chosen: ModelConfig | None) -> None:
+    """What was set by hand."""
+    if chosen is None:
+        return
+    for key, parameter in chosen.parameters.items():
+        if key in config.parameters and (config.name, key, parameter.string_value) not in _SHIPPED_BEFORE:
+            config.parameters[key].CopyFrom(parameter)
+    del config.instance_group[:]
+    config.instance_group.extend(chosen.instance_group)
+
+
+def _set_response_cache(
+    config: ModelConfig, before: ModelConfig | None, chosen: ModelConfig | None, wanted: bool | None
+) -> None:
+    told = wanted is not None
+    if wanted is None:
+        wanted = before is not None and before.response_cache.enable
+    config.ClearField("response_cache")
+    if _CACHE_TOLD in config.parameters:
+        if chosen is not None and _CACHE_TOLD in chosen.parameters and not told:
+            wanted = chosen.parameters[_CACHE_TOLD].string_value == "true"
+        config.parameters[_CACHE_TOLD].string_value = str(bool(wanted)).lower()
+    if wanted and config.name in CACHED and config.backend == "python":
+        config.response_cache.enable = True
 
 
 def _complete(own: ModelConfig, plain: ModelConfig) -> None:
@@ -146,11 +182,7 @@ def profile_of(config: ModelConfig) -> str:
 
 def _has(model: Path, profile: str) -> bool:
     """Whether there is a config of this model for the profile."""
-    return any(_source(folder, profile).is_file() for folder in (shipped() / model.name, model))
-
-
-def _source(folder: Path, profile: str) -> Path:
-    return folder / FILE_NAME if profile == CPU else folder / "configs" / f"{profile}.pbtxt"
+    return _shipped(model.name, profile) is not None or _kept(model, profile).is_file()
 
 
 def shipped() -> Path:
@@ -171,10 +203,10 @@ def parsed(path: Path) -> ModelConfig:
         raise ValueError(f"{path} can't be read ({error}); correct it") from None
 
 
-def write(path: Path, config: ModelConfig, source: Path) -> None:
-    """In one rename, so that Triton never reads half a file; with the comments that `source` has."""
+def write(path: Path, config: ModelConfig, comments: str) -> None:
+    """In one rename, so that Triton never reads half a file; with the comments that the text of another has."""
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, _with_comments(text_format.MessageToString(config), source.read_text()))
+    write_whole(path, _with_comments(text_format.MessageToString(config), comments))
 
 
 _STATEMENT = re.compile(r"^(\w+)(?:.*?\bkey: *\"([^\"]+)\")?", re.DOTALL)

@@ -31,7 +31,7 @@ def write(folder: Path, number: int, models: Mapping[str, int], with_arrival: Co
         write_whole(version / "release.txt", f"release-{number}.json\n")
     path = folder / configs.FILE_NAME
     if not path.is_file() or configs.parsed(path) != config:
-        configs.write(path, config, source)
+        configs.write(path, config, source.read_text())
 
 
 def is_ours(folder: Path) -> bool:

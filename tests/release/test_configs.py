@@ -10,6 +10,7 @@ from conftest import ROOT
 from florence2_export import tensorrt
 from florence2_release import configs, startup
 from florence2_release.install import install
+from florence2_release.profiles import BEAM_SEARCH
 from florence2_release.repository import Repository
 from florence2_release.server import ServerError, TritonServer
 from florence2_release.version_files import FILES, OPTIONAL
@@ -29,7 +30,9 @@ def parsed(path: Path) -> ModelConfig:
 
 
 def config(model: str, profile: str) -> ModelConfig:
-    return parsed(MODELS / model / "configs" / f"{profile}.pbtxt")
+    shipped = configs._shipped(model, profile)
+    assert shipped
+    return shipped.config
 
 
 def given(found: ModelConfig) -> dict[str, str]:
@@ -38,7 +41,8 @@ def given(found: ModelConfig) -> dict[str, str]:
 
 def test_these_are_all() -> None:
     found = {(path.parts[-3], path.stem) for path in MODELS.glob("*/configs/*.pbtxt")}
-    assert found == {(model, profile) for model in ("vision_encoder", "beam_search") for profile in PROFILES}
+    assert found == {("vision_encoder", profile) for profile in PROFILES}
+    assert BEAM_SEARCH.keys() == set(PROFILES)
 
 
 @pytest.mark.parametrize("profile", PROFILES)
