@@ -37,7 +37,7 @@ _DATA_URL = re.compile(rb"\s{0,8}data:[\w/+.;=-]{0,100};base64,", re.IGNORECASE)
 _FROM_URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _WHITESPACE = b" \t\r\n\f\v"
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
-_UPRIGHT: dict[Any, Image.Transpose] = {
+UPRIGHT: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -47,7 +47,7 @@ _UPRIGHT: dict[Any, Image.Transpose] = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> what makes the picture upright."""
-_SIDEWAYS = (
+SIDEWAYS = (
     *(Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE),
     *(Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270),
 )
@@ -119,7 +119,7 @@ def upright_size(data: bytes, limits: Limits = Limits()) -> tuple[int, int]:
         # PIL turns these itself as it loads them, and tells the size of after that before.
         return decode(data, limits).size
     turn = _turn(image)
-    return (image.height, image.width) if turn in _SIDEWAYS else image.size
+    return (image.height, image.width) if turn in SIDEWAYS else image.size
 
 
 def _opened(data: bytes, limits: Limits) -> ImageFile:
@@ -221,7 +221,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
         # What `getexif` reads.
         image_headers.check_tags(image.info.get("exif") or bytes.fromhex("".join(raw.split("\n")[3:])))
         # ImageOps.exif_transpose also writes the EXIF block anew, and fails where that has a tag it can't write.
-        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:
         # A damaged EXIF block says nothing; the pixels are whole.
         return None

@@ -10,11 +10,9 @@ from pathlib import Path
 from PIL import ExifTags, Image
 
 from florence2.errors import InvalidRequest
-from florence2.images import FORMATS, decode
+from florence2.images import FORMATS, SIDEWAYS, UPRIGHT, decode
 from florence2.locations import Size
 
-_ON_THEIR_SIDE = (5, 6, 7, 8)
-"""EXIF orientations whose upright picture has width and height exchanged (florence2.images)."""
 _TEXT_OR_EXIF = (b"eXIf", b"zTXt", b"tEXt", b"iTXt")
 
 
@@ -51,7 +49,7 @@ def _upright(image: Image.Image, path: Path) -> Size:
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
     except Exception:
         orientation = None
-    return (height, width) if orientation in _ON_THEIR_SIDE else (width, height)
+    return (height, width) if UPRIGHT.get(orientation) in SIDEWAYS else (width, height)
 
 
 def _says_more_behind_pixels(png: Path) -> bool:

@@ -1,6 +1,6 @@
 """What a checkpoint says beside its weights: how it decodes, sees pictures, and what it does not ground."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import Florence2Config
@@ -181,6 +181,16 @@ def _crops(given: dict[str, Any], size: dict[str, int]) -> bool:
     return bool(given["do_center_crop"]) and crop != size
 
 
+def feature_maps(vision: Any, size: dict[str, int]) -> Iterator[tuple[int, int, int]]:
+    """Of a vision_config and a preprocessor's size: channels, rows and columns of what each stage gives."""
+    sides = (size["height"], size["width"])
+    stages = zip(vision.patch_size, vision.patch_stride, vision.patch_padding, vision.embed_dim, strict=True)
+    for kernel, stride, padding, channels in stages:
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in sides)
+        yield channels, height, width
+        sides = (height, width)
+
+
 def _image_seq_length(
     given: dict[str, Any],
     size: dict[str, int],
@@ -191,10 +201,7 @@ def _image_seq_length(
 ) -> int:
     """Image tokens: the last stage's map, and the pooled token before it."""
     vision: Any = config.vision_config
-    grid = [size["height"], size["width"]]
-    stages = zip(vision.patch_size, vision.patch_stride, vision.patch_padding, vision.embed_dim, strict=True)
-    for kernel, stride, padding, channels in stages:
-        grid = [(side + 2 * padding - kernel) // stride + 1 for side in grid]
+    for channels, *grid in feature_maps(vision, size):
         if min(grid) < 1 or not MAP_VALUES.allows(grid[0] * grid[1] * channels):
             what = f"a stage of {grid[0]} x {grid[1]} places and {channels} channels"
             raise refuse(f"size {size} gives {what}; give a size that vision_config's patch_stride is made for")

@@ -1,41 +1,37 @@
-# ruff: noqa: RUF009 (`_setting` is dataclasses.field)
+# ruff: noqa: RUF009 (`setting` is dataclasses.field)
 """What a new release has to reach before clients get it, and while they first do."""
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-
-def _setting(default: Any, text: str) -> Any:
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+from florence2.settings_file import read_settings, setting
 
 
 @dataclass
 class Gate:
     """A YAML file of these settings."""
 
-    data: str | None = _setting(None, "validation data, in any format that `florence2 data check` reads")
-    format: str | None = _setting(None, "its format, where it is not recognised")
-    images: str | None = _setting(None, "the folder that relative picture paths start from")
-    split: str | None = _setting(None, "the split to take, where the data has several")
-    samples: int | None = _setting(None, "how many questions of it are asked (default: all)")
-    in_flight: int = _setting(2, "requests that scoring has on their way: clients' own go on beside them")
-    margin: float = _setting(0.01, "how much worse than the running release a metric may be")
-    margins: dict[str, float] = _setting({}, 'for metrics that have another, such as {"<OCR> CER": 0.002}')
-    minimum: dict[str, float] = _setting({}, "what a metric has to reach whatever the running release does")
-    latency_requests: int = _setting(20, "requests by which latency is compared, in turns; 0 compares none")
-    latency_ratio: float = _setting(1.5, "how many times the running release's median a request may take")
-    latency_ms: float | None = _setting(None, "and how many milliseconds the median may be")
-    memory_gb: float | None = _setting(None, "what the machine, or the fullest GPU, may have in use with both loaded")
-    canary_requests: int = _setting(0, "requests that clients send to the new release before the switch")
-    canary_seconds: float = _setting(600, "how long they are waited for")
-    watch_seconds: float = _setting(60, "how long the new release is watched after the switch")
-    watch_failed: float = _setting(0.01, "by how much its share of failed requests may exceed the one before")
-    watch_latency_ratio: float = _setting(2.0, "how many times the mean latency before its own may be")
+    data: str | None = setting(None, "validation data, in any format that `florence2 data check` reads")
+    format: str | None = setting(None, "its format, where it is not recognised")
+    images: str | None = setting(None, "the folder that relative picture paths start from")
+    split: str | None = setting(None, "the split to take, where the data has several")
+    samples: int | None = setting(None, "how many questions of it are asked (default: all)")
+    in_flight: int = setting(2, "requests that scoring has on their way: clients' own go on beside them")
+    margin: float = setting(0.01, "how much worse than the running release a metric may be")
+    margins: dict[str, float] = setting({}, 'for metrics that have another, such as {"<OCR> CER": 0.002}')
+    minimum: dict[str, float] = setting({}, "what a metric has to reach whatever the running release does")
+    latency_requests: int = setting(20, "requests by which latency is compared, in turns; 0 compares none")
+    latency_ratio: float = setting(1.5, "how many times the running release's median a request may take")
+    latency_ms: float | None = setting(None, "and how many milliseconds the median may be")
+    memory_gb: float | None = setting(None, "what the machine, or the fullest GPU, may have in use with both loaded")
+    canary_requests: int = setting(0, "requests that clients send to the new release before the switch")
+    canary_seconds: float = setting(600, "how long they are waited for")
+    watch_seconds: float = setting(60, "how long the new release is watched after the switch")
+    watch_failed: float = setting(0.01, "by how much its share of failed requests may exceed the one before")
+    watch_latency_ratio: float = setting(2.0, "how many times the mean latency before its own may be")
 
     def check(self) -> None:
         for name in ("samples", "in_flight"):
@@ -56,18 +52,7 @@ def load_gate(path: Path | None) -> Gate:
     """Raises ValueError that says what is wrong. Paths in the file start from its folder."""
     if path is None:
         return Gate()
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        gate = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Gate), OmegaConf.load(path)))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; give a gate's YAML file") from None
-    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        known = ", ".join(entry.name for entry in fields(Gate))
-        raise ValueError(f"{path}: {' '.join(str(error).split())}; the settings are {known}") from error
-    assert isinstance(gate, Gate)
+    gate = read_settings(Gate, path, f"the settings are {', '.join(entry.name for entry in fields(Gate))}")
     for name in ("data", "images"):
         value = getattr(gate, name)
         if value is not None and not Path(value).is_absolute():

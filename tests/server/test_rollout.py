@@ -589,7 +589,7 @@ def test_a_gate_that_can_not_be_meant(tmp_path: Path, text: str, message: str) -
     (tmp_path / "gate.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_gate(tmp_path / "gate.yaml")
-    with pytest.raises(ValueError, match=r"none\.yaml is missing; give a gate's YAML file"):
+    with pytest.raises(ValueError, match=r"none\.yaml is missing; give a YAML file of settings"):
         load_gate(tmp_path / "none.yaml")
 
 

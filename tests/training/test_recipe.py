@@ -122,7 +122,7 @@ def test_what_is_no_setting_is_named(tmp_path: Path, text: str, overrides: list[
 
 
 def test_a_recipe_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.yaml is missing; give a recipe file"):
+    with pytest.raises(ValueError, match=r"gone\.yaml is missing; give a YAML file of settings"):
         load_recipe(tmp_path / "gone.yaml")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from florence2_export.checkpoint_settings import feature_maps
 from florence2_export.pixel_values import normalised
 from numpy.typing import NDArray
 from torch import Tensor
@@ -105,11 +106,8 @@ def open_cache(folder: Path, vision: Any, preprocessor: dict[str, Any], dtype: t
     for name, tensor in sorted(vision.state_dict().items()):
         total.update(name.encode() + b"\0")
         total.update(raw(tensor))
-    config, size = vision.config, preprocessor["size"]
-    sides = [size["height"], size["width"]]
-    for kernel, stride, padding in zip(config.patch_size, config.patch_stride, config.patch_padding, strict=True):
-        sides = [(side + 2 * padding - kernel) // stride + 1 for side in sides]
-    return FeatureCache(folder / total.hexdigest()[:16], (config.embed_dim[-1], *sides), dtype)
+    *_, shape = feature_maps(vision.config, preprocessor["size"])
+    return FeatureCache(folder / total.hexdigest()[:16], shape, dtype)
 
 
 Stamped = tuple[str, list[int]]

@@ -1,13 +1,14 @@
-# ruff: noqa: RUF009 (`_setting` is dataclasses.field)
+# ruff: noqa: RUF009 (`setting` is dataclasses.field)
 """One training run, described: the recipe file, the command line and the documentation are this dataclass."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from florence2.files import write_whole
+from florence2.settings_file import read_settings, setting
 
 PARTS = ("vision", "projector", "embeddings", "encoder", "decoder")
 METHODS = ("lora", "full")
@@ -15,93 +16,87 @@ LONG_ANSWERS = ("refuse", "truncate", "skip")
 PRECISIONS = ("auto", "no", "bf16")
 
 
-def _setting(default: Any, text: str) -> Any:
-    if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Source:
     """Where samples come from."""
 
-    data: str = _setting("", "a file or folder in any format that `florence2 data check` reads")
-    format: str | None = _setting(None, "its format, where it is not recognised")
-    images: str | None = _setting(None, "the folder that relative picture paths start from")
-    split: str | None = _setting(None, "the split to take, where the data has several")
+    data: str = setting("", "a file or folder in any format that `florence2 data check` reads")
+    format: str | None = setting(None, "its format, where it is not recognised")
+    images: str | None = setting(None, "the folder that relative picture paths start from")
+    split: str | None = setting(None, "the split to take, where the data has several")
 
 
 @dataclass
 class Lora:
     """Low-rank adapters, through peft."""
 
-    r: int = _setting(16, "rank")
-    alpha: float = _setting(32, "the adapters' output is scaled by alpha / r, with rsLoRA by alpha / sqrt(r)")
-    dropout: float = _setting(0.05, "of the adapters' input")
-    targets: Any = _setting(
+    r: int = setting(16, "rank")
+    alpha: float = setting(32, "the adapters' output is scaled by alpha / r, with rsLoRA by alpha / sqrt(r)")
+    dropout: float = setting(0.05, "of the adapters' input")
+    targets: Any = setting(
         "text",
         "text, text+projector, all (every linear layer of both towers), or a list of regular expressions that match "
         "whole module names",
     )
-    use_dora: bool = _setting(False, "DoRA: direction and magnitude apart")
-    use_rslora: bool = _setting(False, "rsLoRA's scaling")
+    use_dora: bool = setting(False, "DoRA: direction and magnitude apart")
+    use_rslora: bool = setting(False, "rsLoRA's scaling")
 
 
 @dataclass
 class Recipe:
-    model: str = _setting("", "the checkpoint to start from: a folder, or an id on the Hugging Face hub")
-    revision: str | None = _setting(None, "branch, tag or commit of a hub id")
-    output_dir: str = _setting("", "the run's folder; the same command again goes on where the run was broken off")
-    train: list[Source] = _setting([], "what is learned")
-    validation: list[Source] = _setting([], "what the run is judged by")
-    replay: list[Source] = _setting([], "samples of what must not be forgotten")
-    replay_share: float = _setting(0.3, "the part of every epoch that is replay, where there is any")
-    task_weights: dict[str, float] = _setting(
+    model: str = setting("", "the checkpoint to start from: a folder, or an id on the Hugging Face hub")
+    revision: str | None = setting(None, "branch, tag or commit of a hub id")
+    output_dir: str = setting("", "the run's folder; the same command again goes on where the run was broken off")
+    train: list[Source] = setting([], "what is learned")
+    validation: list[Source] = setting([], "what the run is judged by")
+    replay: list[Source] = setting([], "samples of what must not be forgotten")
+    replay_share: float = setting(0.3, "the part of every epoch that is replay, where there is any")
+    task_weights: dict[str, float] = setting(
         {}, "how often an epoch meets each sample of a task, such as {<OD>: 2, <CAPTION>: 0.5}; 1 where not named"
     )
-    long_answers: str = _setting(
+    long_answers: str = setting(
         "refuse", f"answers past the decoder's positions: {', '.join(LONG_ANSWERS)} (cut after a whole box)"
     )
 
-    no_repeat_ngram_size: int | None = _setting(
+    no_repeat_ngram_size: int | None = setting(
         None, "of validation and of the merged checkpoint (default: the checkpoint's own); 0 for answers that repeat"
     )
 
-    method: str = _setting("lora", "lora, or full fine-tuning")
+    method: str = setting("lora", "lora, or full fine-tuning")
     lora: Lora = field(default_factory=Lora)
-    freeze: list[str] = _setting([], f"with method full, parts that stay as they are: {', '.join(PARTS)}")
+    freeze: list[str] = setting([], f"with method full, parts that stay as they are: {', '.join(PARTS)}")
 
-    num_train_epochs: float = _setting(3, "passes over the data")
-    max_steps: int | None = _setting(None, "optimizer steps, in place of epochs")
-    per_device_train_batch_size: int = _setting(8, "samples per process that go through the model at once")
-    gradient_accumulation_steps: int = _setting(1, "batches per optimizer step")
-    learning_rate: float = _setting(1e-4, "AdamW's, at its highest; full fine-tuning wants 1e-6 to 1e-5")
-    learning_rates: dict[str, float] = _setting({}, "for parts that want another, such as {vision: 1e-6}")
-    lr_scheduler_type: str = _setting("cosine", "any of transformers' names: cosine, linear, constant_with_warmup, …")
-    lr_scheduler_kwargs: dict[str, Any] = _setting({}, "what that scheduler takes beside, as in transformers")
-    warmup_ratio: float = _setting(0.05, "the part of the steps in which the rate rises")
-    adam_beta2: float = _setting(0.999, "AdamW's second; the first is 0.9")
-    weight_decay: float = _setting(0.01, "of weights; biases and norms have none")
-    max_grad_norm: float = _setting(1.0, "gradients are clipped to this norm")
-    mixed_precision: str = _setting("auto", "bf16 (autocast over fp32 weights), no, or auto: bf16 where a GPU has it")
-    gradient_checkpointing: bool = _setting(False, "less memory, more time; covers the vision tower, too")
-    group_by_length: bool = _setting(True, "batches of answers of like length: less padding")
-    group_by_image: bool = _setting(
+    num_train_epochs: float = setting(3, "passes over the data")
+    max_steps: int | None = setting(None, "optimizer steps, in place of epochs")
+    per_device_train_batch_size: int = setting(8, "samples per process that go through the model at once")
+    gradient_accumulation_steps: int = setting(1, "batches per optimizer step")
+    learning_rate: float = setting(1e-4, "AdamW's, at its highest; full fine-tuning wants 1e-6 to 1e-5")
+    learning_rates: dict[str, float] = setting({}, "for parts that want another, such as {vision: 1e-6}")
+    lr_scheduler_type: str = setting("cosine", "any of transformers' names: cosine, linear, constant_with_warmup, …")
+    lr_scheduler_kwargs: dict[str, Any] = setting({}, "what that scheduler takes beside, as in transformers")
+    warmup_ratio: float = setting(0.05, "the part of the steps in which the rate rises")
+    adam_beta2: float = setting(0.999, "AdamW's second; the first is 0.9")
+    weight_decay: float = setting(0.01, "of weights; biases and norms have none")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    mixed_precision: str = setting("auto", "bf16 (autocast over fp32 weights), no, or auto: bf16 where a GPU has it")
+    gradient_checkpointing: bool = setting(False, "less memory, more time; covers the vision tower, too")
+    group_by_length: bool = setting(True, "batches of answers of like length: less padding")
+    group_by_image: bool = setting(
         True, "samples of one picture in one batch, where the vision tower then sees it once"
     )
-    cache_features: bool = _setting(True, "with the vision tower frozen, compute its features once and keep them")
-    features_dir: str | None = _setting(None, "where; runs with the same tower may share it (default: in output_dir)")
-    dataloader_num_workers: int = _setting(2, "processes that read pictures; 0 reads them in between")
-    seed: int = _setting(0, "of order, dropout and adapters")
+    cache_features: bool = setting(True, "with the vision tower frozen, compute its features once and keep them")
+    features_dir: str | None = setting(None, "where; runs with the same tower may share it (default: in output_dir)")
+    dataloader_num_workers: int = setting(2, "processes that read pictures; 0 reads them in between")
+    seed: int = setting(0, "of order, dropout and adapters")
 
-    logging_steps: int = _setting(10, "optimizer steps between lines of log.jsonl")
-    save_steps: int = _setting(500, "optimizer steps between checkpoints")
-    save_total_limit: int = _setting(2, "checkpoints that are kept, beside the best")
-    eval_steps: int | None = _setting(None, "optimizer steps between validations (default: once an epoch)")
-    eval_samples: int | None = _setting(None, "validate with so many samples, the first of each source")
-    metric_for_best_model: str = _setting("loss", 'such as "<OD> AP50"; the names are those that validation prints')
-    early_stopping_patience: int | None = _setting(None, "validations without a better metric that end the run")
-    tensorboard: bool = _setting(False, "write TensorBoard's files, too, in output_dir/tensorboard")
+    logging_steps: int = setting(10, "optimizer steps between lines of log.jsonl")
+    save_steps: int = setting(500, "optimizer steps between checkpoints")
+    save_total_limit: int = setting(2, "checkpoints that are kept, beside the best")
+    eval_steps: int | None = setting(None, "optimizer steps between validations (default: once an epoch)")
+    eval_samples: int | None = setting(None, "validate with so many samples, the first of each source")
+    metric_for_best_model: str = setting("loss", 'such as "<OD> AP50"; the names are those that validation prints')
+    early_stopping_patience: int | None = setting(None, "validations without a better metric that end the run")
+    tensorboard: bool = setting(False, "write TensorBoard's files, too, in output_dir/tensorboard")
 
     def check(self) -> None:
         """Raises ValueError for what can't be meant."""
@@ -162,21 +157,8 @@ def load_recipe(path: Path | None, overrides: Sequence[str] = ()) -> Recipe:
 
     Relative paths of data in the file start from its folder; those of the command line from here.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        config = OmegaConf.structured(Recipe)
-        if path is not None:
-            config = OmegaConf.merge(config, _from_its_folder(OmegaConf.load(path), path.parent))
-        recipe = OmegaConf.to_object(OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides))))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; give a recipe file") from None
-    except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        problem = f"{path or 'recipe'}: {_first_line(error)}"
-        raise ValueError(f"{problem}; `florence2 train --help` lists the settings") from error
-    assert isinstance(recipe, Recipe)
+    hint = "`florence2 train --help` lists the settings"
+    recipe = read_settings(Recipe, path, hint, overrides, _from_its_folder)
     recipe.check()
     return recipe
 
@@ -233,9 +215,3 @@ def _one_of(what: str, value: str, allowed: Sequence[str]) -> None:
 
 def _help(of: Any, name: str) -> str:
     return next(entry.metadata["help"] for entry in fields(of) if entry.name == name)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
