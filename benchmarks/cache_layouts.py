@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from onnx.parser import parse_model
 from onnxruntime import InferenceSession, IOBinding, OrtValue, SessionOptions, get_available_providers
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented
-from report import Table, environment
+from tables import Table, environment
 
 from florence2.generation.sessions import available_cores
 

@@ -38,7 +38,7 @@ from florence2_training.train import train
 from florence2_training.trainable import targets
 from one_request import picture
 from peft import LoraConfig, get_peft_model
-from report import Table, environment
+from tables import Table, environment
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainerCallback, TrainingArguments
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from fine_tuning import write_data
-from report import Table, environment
+from tables import Table, environment
 
 HERE = Path(__file__).resolve().parent
 WAYS = {

@@ -17,7 +17,7 @@ from bench import PROMPT_IDS, timed
 from one_request import NUM_BEAMS, prepare
 from onnx.parser import parse_model
 from onnxruntime import InferenceSession, SessionOptions
-from report import Table, environment
+from tables import Table, environment
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Florence2ForConditionalGeneration
 

@@ -33,7 +33,7 @@ from florence2_release.server import TritonServer
 from florence2_release.tritonserver import find_tritonserver
 from one_request import NUM_BEAMS, TASK
 from PIL import Image
-from report import Table, environment
+from tables import Table, environment
 from tokenizers import Tokenizer
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
 

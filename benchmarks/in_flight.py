@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from bench import PROMPT_IDS, Bench, benched, in_flight, timed
 from one_request import NEW_TOKENS, NUM_BEAMS
-from report import Table, environment
+from tables import Table, environment
 
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine

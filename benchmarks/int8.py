@@ -30,7 +30,7 @@ from one_request import NEW_TOKENS, NUM_BEAMS, TASK, prepare
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from onnxruntime.quantization.onnx_model import ONNXModel
 from PIL import Image
-from report import Table, environment
+from tables import Table, environment
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
 from florence2.generation.caches import CacheSizes

@@ -24,7 +24,7 @@ from florence2_export.export import export
 from florence2_release.install import install
 from florence2_release.server import TritonServer
 from PIL import Image
-from report import Table, environment
+from tables import Table, environment
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"

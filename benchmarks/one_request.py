@@ -23,7 +23,7 @@ from florence2_client import Florence2Client
 from florence2_release.install import install
 from florence2_release.server import TritonServer
 from PIL import Image
-from report import Table, environment
+from tables import Table, environment
 from transformers import Florence2ForConditionalGeneration, Florence2Processor
 
 HERE = Path(__file__).resolve().parent

@@ -33,7 +33,7 @@ from florence2_release.install import install
 from florence2_release.server import TritonServer
 from load_generator import GIVE_UP, KINDS, NEW_TOKENS, PROMPT, Load, connect, http_request, outcome, picture
 from overload_report import GONE, IN_FLIGHT, Flood, Phase, Recovery, report
-from report import environment
+from tables import environment
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 HERE = Path(__file__).resolve().parent

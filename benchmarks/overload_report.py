@@ -8,7 +8,7 @@ from statistics import mean
 import numpy as np
 from load_generator import CONNECTIONS, GIVE_UP, KINDS, LATE, NEW_TOKENS, PICTURES, PROMPT
 from numpy.typing import NDArray
-from report import Table
+from tables import Table
 
 IN_FLIGHT = 32
 """At saturation."""

@@ -23,7 +23,7 @@ from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export, sizes_of
 from florence2_export.onnx_files import PRECISIONS
 from one_request import NUM_BEAMS, prepare
-from report import Table, environment
+from tables import Table, environment
 from torch import Tensor, nn
 
 from florence2.generation.beam_search import Generation

@@ -34,9 +34,9 @@ from florence2_release.model_control import Triton
 from florence2_release.repository import Repository
 from florence2_release.rollout import Rollout
 from florence2_release.server import TritonServer
-from report import Table, environment
 from safetensors.numpy import load_file, save_file
 from side_by_side import fine_tune
+from tables import Table, environment
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "demo"

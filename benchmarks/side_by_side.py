@@ -18,7 +18,7 @@ from florence2_client import Florence2Client
 from florence2_release.install import install
 from florence2_release.server import TritonServer
 from one_request import picture, prepare
-from report import Table, environment
+from tables import Table, environment
 
 from florence2.manifest import Manifest, sha256_of
 

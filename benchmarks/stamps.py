@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from report import Table, environment
+from tables import Table, environment
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

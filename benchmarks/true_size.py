@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from report import Table, environment
+from tables import Table, environment
 
 from florence2.manifest import Manifest
 

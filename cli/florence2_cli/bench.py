@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "prepare":
         return _prepare(args)
     # What may be missing is asked for first.
-    from florence2_apps.load import report  # noqa: F401
+    from florence2_apps.load import measurements  # noqa: F401
     from florence2_apps.load.analyzer import Analyzer
 
     analyzer = Analyzer.find(args.perf_analyzer)

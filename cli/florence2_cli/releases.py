@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from florence2_release.record import Release
+    from florence2_release.release_record import Release
     from florence2_release.repository import Repository
 
 

@@ -3,7 +3,7 @@
 The applications, release and evaluation import it; it imports florence2.
 """
 
-from florence2.coco import Coco
+from florence2.coco_writer import Coco
 from florence2_client.async_client import AsyncFlorence2Client
 from florence2_client.client import Florence2Client
 from florence2_client.errors import ServerRefused

@@ -11,7 +11,7 @@ import PIL.ImageDraw
 from numpy.typing import NDArray
 
 from florence2.answers import at_least, instances
-from florence2.coco import Coco
+from florence2.coco_writer import Coco
 from florence2.drawing import draw
 from florence2.images import decode, upright_size
 from florence2_client.connection import Reply

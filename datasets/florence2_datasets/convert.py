@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from florence2.coco import Coco
+from florence2.coco_writer import Coco
 from florence2.errors import InvalidRequest
 from florence2_datasets.formats import SizeOf, Split, examples
 from florence2_datasets.parsing import LOCATION, has_shapes, parse_answer, shapes, task_of
@@ -72,7 +72,7 @@ _WRITERS = {".jsonl": _write_lines, ".json": _write_coco}
 
 @dataclass(frozen=True)
 class _Box:
-    """As `florence2.coco.Found`."""
+    """As `florence2.coco_writer.Found`."""
 
     box: tuple[float, float, float, float]
     label: str

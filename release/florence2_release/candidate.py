@@ -17,7 +17,7 @@ from PIL import Image
 from florence2_release.ensemble import NEXT
 from florence2_release.gate import Compared, Gate, compare_scores, data_sha256
 from florence2_release.model_control import Requests, Triton
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 
 WARM_UP = ("<OD>", "<CAPTION>", "<OCR_WITH_REGION>")

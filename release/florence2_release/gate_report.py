@@ -8,7 +8,7 @@ from jinja2 import Environment
 
 from florence2.files import write_whole
 from florence2_release.gate import Compared
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>{{ release.name }} {{ release.number }}</title>

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from florence2_release.ensemble import ENSEMBLE, NEXT
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 from florence2_release.startup import check_idle
 from florence2_release.version_files import FILES, checked

@@ -13,7 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from florence2.files import write_whole
 from florence2_release.ensemble import NEXT
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 from florence2_release.version_files import FILES
 

@@ -1,6 +1,6 @@
 """Old releases make room."""
 
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 
 

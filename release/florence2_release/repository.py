@@ -26,9 +26,9 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from florence2.files import new_folder, write_whole
 from florence2.manifest import FILE_NAME, ModelSettings, sha256_of
-from florence2_release import configs, ensemble, record
+from florence2_release import configs, ensemble, release_record
 from florence2_release.ensemble import ARRIVAL, NEXT, is_ours
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.version_files import FILES, checked, copy, hashes, model_py
 
 logger = logging.getLogger(__name__)
@@ -104,14 +104,14 @@ class Repository:
     def releases(self) -> list[Release]:
         """All that have a record, oldest first."""
         records = [path for path in self.folder.glob("release-*.json") if _RECORD.fullmatch(path.name)]
-        return sorted((record.read(path) for path in records), key=lambda release: release.number)
+        return sorted((release_record.read(path) for path in records), key=lambda release: release.number)
 
     def release(self, number: int) -> Release:
         """Raises ValueError for a number that is none."""
         path = self.file_of(number, "json")
         if not path.is_file():
             raise ValueError(f"{self.folder} has no record of a release {number}; `florence2 releases` lists them")
-        return record.read(path)
+        return release_record.read(path)
 
     def file_of(self, number: int, kind: str) -> Path:
         """The release's record, "json", or a report about it, "scores.html"."""

@@ -1,7 +1,7 @@
 """Back to the release before."""
 
 from florence2_release.model_control import Triton
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 
 

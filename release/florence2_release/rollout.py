@@ -12,7 +12,7 @@ from florence2_release.gate import Compared, Gate, refusal
 from florence2_release.gate_report import write_reports
 from florence2_release.make_export import Prepared
 from florence2_release.model_control import LoadError, Requests, Triton
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 from florence2_release.rollback import roll_back
 

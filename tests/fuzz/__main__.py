@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conftest import DEMO_CHECKPOINT
-from report import environment
+from tables import environment
 
 RUNS = {"inputs": 1.0, "cancels": 0.2, "faults": 3.0}
 """One after the other on one server, with at most so much of the inputs; faults come beside the kinds of the first, and

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from report import Table
+from tables import Table
 
 from fuzz.honest import Asked
 from fuzz.kinds import KINDS

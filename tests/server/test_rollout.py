@@ -28,7 +28,7 @@ from florence2_release.health import Health, close_health, serve_health
 from florence2_release.install import install
 from florence2_release.make_export import Prepared
 from florence2_release.model_control import Triton
-from florence2_release.record import Release
+from florence2_release.release_record import Release
 from florence2_release.repository import Repository
 from florence2_release.rollback import roll_back
 from florence2_release.rollout import Refused, Rollout

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from florence2_client.results import read_instances
 
-from florence2.coco import CocoRows
+from florence2.coco_writer import CocoRows
 from florence2_apps.label.job import Job
 
 _ROWS = 1000
