@@ -36,7 +36,8 @@ def find_tritonserver() -> Installation:
         if (wheel / "bin" / "tritonserver").is_file():
             return Installation(wheel / "bin" / "tritonserver", wheel)
     raise ServerError(
-        "no tritonserver here: pip install 'florence2-triton[local-server]', or run in NVIDIA's Triton image"
+        "no tritonserver here: run in NVIDIA's Triton image, or pip install 'florence2-triton[local-server]', which has one "
+        "for Python 3.11 and 3.12"
     )
 
 
