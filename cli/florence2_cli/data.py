@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from florence2.answer_limits import AnswerLimits
 
-EXTRA = "train"
+EXTRA = "eval"
 _SHOWN = 10
 
 

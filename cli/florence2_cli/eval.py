@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from florence2_evaluation.prediction import Prediction
     from florence2_evaluation.score import Score
 
-EXTRA = "train"
+EXTRA = "eval"
 _SHOWN = 10
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -137,6 +139,16 @@ def test_what_serves_or_judges_a_server_imports_no_torch() -> None:
     for room in ("florence2", "client", "apps", "datasets", "release", "evaluation"):
         heavy = {name for name, path in modules(room) if imported(path) & HEAVY}
         assert heavy == ({"torch_model"} if room == "evaluation" else set())
+
+
+def test_a_server_is_judged_without_torch() -> None:
+    code = f"""import sys
+for name in {sorted(HEAVY)}:
+    sys.modules[name] = None
+import florence2_evaluation.served_model, florence2_evaluation.score, florence2_evaluation.report
+import florence2_datasets.check, florence2_datasets.convert, florence2_release.rollout
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_file_imports_the_backend_alone() -> None:
