@@ -66,7 +66,7 @@ def _check(args: argparse.Namespace) -> int:
     from florence2_datasets.formats import open_data
     from florence2_datasets.sample_page import write_page
 
-    limits = _limits(args.checkpoint) if args.checkpoint else None
+    limits = _limits(args) if args.checkpoint else None
     splits = [split for path in args.data for split in open_data(path, args.format, args.images)]
     samples = args.samples if args.html else 0
     report, shown = check(splits, limits, not args.no_images, samples, args.seed, every_message=args.json)
@@ -76,10 +76,11 @@ def _check(args: argparse.Namespace) -> int:
     return int(report.total("error") > 0 or (args.strict and report.total("warning") > 0))
 
 
-def _limits(checkpoint: str) -> "AnswerLimits":
+def _limits(args: argparse.Namespace) -> "AnswerLimits":
+    args.extra = "export"
     from florence2_export.answer_limits import read_answer_limits
 
-    return read_answer_limits(checkpoint)
+    return read_answer_limits(args.checkpoint)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -115,6 +115,7 @@ def _examples(args: argparse.Namespace, unusable: list["Problem"]) -> Iterator["
 def _model(args: argparse.Namespace) -> "Model":
     overrides = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
     if args.export:
+        args.extra = "serve"
         from florence2_evaluation.onnx_model import OnnxModel
 
         return OnnxModel(args.export, in_flight=args.batch_size, **overrides)
@@ -122,6 +123,7 @@ def _model(args: argparse.Namespace) -> "Model":
         from florence2_evaluation.served_model import ServedModel
 
         return ServedModel(args.url, args.model, in_flight=args.batch_size, **overrides)
+    args.extra = "train"
     import torch
     from florence2_evaluation.torch_model import TorchModel
     from florence2_export.checkpoint import load_checkpoint
