@@ -36,8 +36,8 @@ def find_tritonserver() -> Installation:
         if (wheel / "bin" / "tritonserver").is_file():
             return Installation(wheel / "bin" / "tritonserver", wheel)
     raise ServerError(
-        "no tritonserver here: run in NVIDIA's Triton image, or pip install 'florence2-triton[local-server]', which has "
-        "one for Python 3.11 and 3.12"
+        "no tritonserver here: run in NVIDIA's Triton image, or pip install 'florence2-triton[local-server]', whose "
+        "server is for Python 3.11 and 3.12"
     )
 
 
