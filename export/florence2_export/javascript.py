@@ -13,8 +13,8 @@ from florence2.tasks import TASKS, Takes
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import done_already, filled, manifest_of, progress, sizes_of
 from florence2_export.graphs import Graph
-from florence2_export.greedy_parity import GreedyComparison
 from florence2_export.javascript_graphs import EMBED_TOKENS, GRAPHS, QuantizedEmbedding
+from florence2_export.javascript_parity import GreedyComparison
 from florence2_export.onnx_files import quiet, save, trace
 from florence2_export.tokenizer import BOS, EOS, PAD
 

@@ -20,9 +20,9 @@ import torch
 from conftest import DEMO_CHECKPOINT, ROOT
 from florence2_export.checkpoint import Checkpoint, load_checkpoint
 from florence2_export.export import export, sizes_of
-from florence2_export.greedy_parity import GreedyRunner, pixel_values
 from florence2_export.javascript import FILE_NAME, SUFFIXES, export_javascript
 from florence2_export.javascript_graphs import GRAPHS
+from florence2_export.javascript_parity import GreedyRunner, pixel_values
 from florence2_export.onnx_files import quiet
 from florence2_export.parity import reference_features, reference_generate
 from PIL import Image

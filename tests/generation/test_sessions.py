@@ -1,11 +1,10 @@
-"""How many threads ONNX Runtime gets, and how much memory is left for the caches."""
+"""How many threads ONNX Runtime gets: no more than a container's CPU quota."""
 
 import os
 from pathlib import Path
 
 import pytest
 
-from florence2.generation.device_memory import available_bytes
 from florence2.generation.sessions import available_cores
 
 
@@ -24,27 +23,3 @@ def test_without_a_quota_it_is_the_affinity(
     if content is not None:
         (tmp_path / "cpu.max").write_text(content)
     assert available_cores(tmp_path / "cpu.max") == 8
-
-
-MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    8000 kB\n"
-
-
-@pytest.mark.parametrize(
-    ("limit", "available"),
-    [
-        ("5000000", 5_000_000 - 3_000_000 + 700_000),
-        ("max", 8000 * 1024),
-        # The container may have more than the machine has left.
-        ("50000000", 8000 * 1024),
-        (None, 8000 * 1024),
-    ],
-)
-def test_what_is_left_of_the_container_or_the_machine(tmp_path: Path, limit: str | None, available: int) -> None:
-    """Of the container's 3 MB 0.7 are files that were read, and make room when they have to."""
-    (tmp_path / "meminfo").write_text(MEMINFO)
-    if limit is not None:
-        (tmp_path / "memory.max").write_text(limit + "\n")
-        (tmp_path / "memory.current").write_text("3000000\n")
-        stat = "anon 2000000\nfile 900000\ninactive_file 600000\nactive_file 100000\nshmem 200000\n"
-        (tmp_path / "memory.stat").write_text(stat)
-    assert available_bytes(tmp_path / "meminfo", tmp_path) == available
