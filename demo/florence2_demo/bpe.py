@@ -1,14 +1,12 @@
 """The demo's tokenizer: a byte-level BPE with Florence-2's special tokens, in the order of its ids."""
 
-from florence2_export.tokenizer import FLORENCE_TOKENS
+from florence2_export.tokenizer import BOS, EOS, FLORENCE_TOKENS, IMAGE, MASK, PAD, UNK
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import RobertaTokenizer
 
 from florence2.tasks import TASKS
 from florence2_demo import words
 
-BART = ("<s>", "<pad>", "</s>", "<unk>")
-IMAGE = "<image>"
 VOCABULARY_MULTIPLE = 64
 
 
@@ -19,14 +17,14 @@ def build() -> RobertaTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     # The bound on the size is never reached: merging stops when every word is whole.
     trainer = trainers.BpeTrainer(
-        vocab_size=4000, special_tokens=list(BART), initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=4000, special_tokens=[BOS, PAD, EOS, UNK], initial_alphabet=sorted(alphabet), show_progress=False
     )
     bpe.train_from_iterator(_corpus(), trainer)
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    bpe.add_special_tokens([AddedToken(MASK, lstrip=True)])
     bpe.add_special_tokens(list(FLORENCE_TOKENS))
     bpe.add_special_tokens([IMAGE])
-    bpe.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    bpe.post_processor = processors.RobertaProcessing((EOS, 2), (BOS, 0), add_prefix_space=False)
     return RobertaTokenizer(
         tokenizer_object=bpe,
         extra_special_tokens={"image_token": IMAGE},

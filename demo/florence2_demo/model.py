@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from florence2_export.checkpoint_settings import MICROSOFT_BANNED_PHRASES
+from florence2_training.saving import post_processor_config
 from torch import nn
 from transformers import (
     BartConfig,
@@ -27,8 +28,6 @@ WIDTH = 128
 POSITIONS = 512
 ADAM_BETA2 = 0.98
 
-_OCR_PATTERN = "(.+?)" + r"<loc_(\d+)>" * 8
-
 
 def processor() -> Florence2Processor:
     image_processor = CLIPImageProcessorPil(
@@ -40,12 +39,7 @@ def processor() -> Florence2Processor:
         image_std=[0.229, 0.224, 0.225],
         image_seq_length=IMAGE_TOKENS,
     )
-    answers = ("pure_text", "description_with_bboxes", "description_with_polygons", "polygons", "bboxes")
-    rules: dict[str, dict] = {
-        "ocr": {"pattern": _OCR_PATTERN, "area_threshold": 0.0},
-        "phrase_grounding": {"banned_grounding_tokens": list(MICROSOFT_BANNED_PHRASES)},
-        **{answer: {} for answer in (*answers, "description_with_bboxes_or_polygons")},
-    }
+    rules = post_processor_config(MICROSOFT_BANNED_PHRASES)
     return Florence2Processor(image_processor, bpe.build(), post_processor_config=rules)
 
 

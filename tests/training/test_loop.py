@@ -615,7 +615,7 @@ def test_a_full_disk_leaves_no_checkpoint(
 ) -> None:
     recipe = runs.recipe(tmp_path, method=method)
     whole = train(replace(recipe, output_dir=str(tmp_path / "whole")))
-    run, write, rename, sync = tmp_path / "run", Path.write_text, Path.rename, run_state._force_to_disk
+    run, write, rename, sync = tmp_path / "run", Path.write_text, Path.rename, run_state.flush
 
     def second(path: Path) -> bool:
         return "checkpoint-0000002" in str(path)
@@ -645,7 +645,7 @@ def test_a_full_disk_leaves_no_checkpoint(
             full = torch.save
             patch.setattr(torch, "save", lambda state, path: (_half_written if second(path) else full)(state, path))
         if file == "sync":
-            patch.setattr(run_state, "_force_to_disk", lambda path: (_full if second(path) else sync)(path))
+            patch.setattr(run_state, "flush", lambda path: (_full if second(path) else sync)(path))
         if file == "rename":
             patch.setattr(Path, "rename", lambda self, to: (_full if second(self) else rename)(self, to))
         with pytest.raises(

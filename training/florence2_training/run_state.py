@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import random
 import re
 import shutil
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
+
+from florence2.files import flush
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _COMPLETE = "complete.json"
@@ -83,12 +84,12 @@ def save_checkpoint(
         files = {path.name: _describe(path) for path in sorted(scratch.iterdir())}
         (scratch / _COMPLETE).write_text(json.dumps({"files": files}))
         for path in scratch.iterdir():
-            _force_to_disk(path)
-        _force_to_disk(scratch)
+            flush(path)
+        flush(scratch)
         # The same step can be there: damaged, or of a run that goes on from before it.
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
-        _force_to_disk(run)
+        flush(run)
     except (OSError, RuntimeError, SafetensorError) as error:
         # torch and safetensors raise errors of their own for a full disk.
         shutil.rmtree(scratch, ignore_errors=True)
@@ -144,11 +145,3 @@ def _length(path: Path) -> dict[str, Any]:
 def _describe(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _force_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

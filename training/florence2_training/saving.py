@@ -1,6 +1,7 @@
 """A model as a checkpoint's folder: transformers' native layout, or Microsoft's, each complete and clean."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,13 +179,18 @@ def _processor(checkpoint: Checkpoint) -> Florence2Processor:
         extra_special_tokens={"image_token": IMAGE},
         model_max_length=_positions(checkpoint),
     )
+    rules = post_processor_config(checkpoint.banned_grounding_phrases)
+    return Florence2Processor(image_processor, tokenizer, post_processor_config=rules)
+
+
+def post_processor_config(banned_grounding_phrases: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What transformers' processor reads of each kind of answer."""
     answers = ("pure_text", "description_with_bboxes", "description_with_polygons", "polygons", "bboxes")
-    rules: dict[str, dict[str, Any]] = {
+    return {
         "ocr": {"pattern": _OCR_PATTERN, "area_threshold": 0.0},
-        "phrase_grounding": {"banned_grounding_tokens": checkpoint.banned_grounding_phrases},
+        "phrase_grounding": {"banned_grounding_tokens": list(banned_grounding_phrases)},
         **{answer: {} for answer in (*answers, "description_with_bboxes_or_polygons")},
     }
-    return Florence2Processor(image_processor, tokenizer, post_processor_config=rules)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
