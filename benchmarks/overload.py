@@ -1,6 +1,6 @@
 """What the server does when more comes than it can answer: two and four times as much, and clients that go away.
 
-python benchmarks/overload.py --work /tmp/overload [--size base | --export DIR] [--seconds 600] [--write]
+python benchmarks/overload.py --work /tmp/overload [--size base | --export DIR] [--max-waiting N] [--write]
 
 One server without a cache; no two pictures that are on their way are the same. First as many requests per second as it
 answers with 32 in flight; then Poisson arrivals at two and four times that rate, whatever comes back, and after each
@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 import psutil
+from florence2_release import configs
 from florence2_release.install import install
 from florence2_release.server import TritonServer
 from load_generator import GIVE_UP, KINDS, NEW_TOKENS, PROMPT, Load, connect, http_request, outcome, picture
@@ -230,6 +231,13 @@ def export_of(size: str, work: Path) -> Path:
     return export
 
 
+def set_max_waiting(repository: Path, count: int) -> None:
+    path = repository / "beam_search" / configs.FILE_NAME
+    config = configs.parsed(path)
+    config.parameters["max_waiting"].string_value = str(count)
+    configs.write(path, config, path.read_text())
+
+
 def measure(server: TritonServer, work: Path, seconds: float) -> str:
     """All tables."""
     overload, seeds = Overload(server, work), count()
@@ -256,6 +264,9 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--size", choices=("demo", "base"), default="demo", help="what is exported and served")
     what.add_argument("--export", type=Path, help="an export to serve in its place")
+    parser.add_argument(
+        "--max-waiting", type=int, metavar="N", help="beam_search's parameter, 28 or more: 32 in flight have to fit"
+    )
     parser.add_argument("--seconds", type=float, default=600, help="of each overload (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="write overload/SIZE.md beside this script, too")
     arguments = parser.parse_args()
@@ -263,12 +274,15 @@ def main() -> None:
     export = arguments.export or export_of(arguments.size, arguments.work)
     with tempfile.TemporaryDirectory(dir=arguments.work) as repository:
         install(export, Path(repository))
+        if arguments.max_waiting:
+            set_max_waiting(Path(repository), arguments.max_waiting)
         with TritonServer(repository) as server:
             server.wait_ready()
             found = measure(server, arguments.work, arguments.seconds)
     sizes = {"demo": "the demo checkpoint", "base": "random weights in the size of Florence-2-base"}
     served = f"the export {export.name}" if arguments.export else sizes[arguments.size]
-    text = f"# More than the server can answer\n\nServed: {served}. {found}\n{environment('nvidia-pytriton')}"
+    waiting = f", max_waiting {arguments.max_waiting}" if arguments.max_waiting else ""
+    text = f"# More than the server can answer\n\nServed: {served}{waiting}. {found}\n{environment('nvidia-pytriton')}"
     print(text)
     if arguments.write:
         (HERE / "overload").mkdir(exist_ok=True)
