@@ -12,7 +12,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3 python3.12 python3.11; do \
 	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$python && break; done)
 BIN := .venv/bin
-PACKAGES := florence2 $(foreach room,cli apps release training export evaluation datasets client demo,$(room)/florence2_$(room))
+PACKAGES := florence2 $(foreach room,cli apps release training export evaluation data client demo,$(room)/florence2_$(room))
 SOURCES := $(PACKAGES) export/to_onnx.py export/to_tensorrt.py model_repository demo/run.py benchmarks tests
 
 # One release of torch, so that a later build of a package does not bring another. Where only the CPU is used, a CPU build

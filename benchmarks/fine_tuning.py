@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from florence2_datasets.record import Example
+from florence2_data.record import Example
 from florence2_export.checkpoint import load_checkpoint
 from florence2_export.export import sizes_of
 from florence2_export.pixel_values import normalised

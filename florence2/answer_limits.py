@@ -11,7 +11,7 @@ class AnswerLimits:
     tokenizer: Tokenizer
     limit: int
     """Tokens of the longest answer, `<s>` and `</s>` included."""
-    ngram: int = 3
+    ngram: int
     """Its no_repeat_ngram_size; 0 is none."""
 
     def tokens(self, answer: str) -> list[int]:

@@ -28,17 +28,18 @@ class Coco:
 
     def __init__(self) -> None:
         self._rows = CocoRows()
-        self._images: list[dict[str, Any]] = []
+        self._images: dict[str, dict[str, Any]] = {}
         self._annotations: list[dict[str, Any]] = []
 
-    def add(self, file_name: str, size: tuple[int, int], found: Iterable[Found]) -> None:
-        """`size`: width and height of the upright picture."""
-        image, annotations = self._rows.add(file_name, size, found)
-        self._images.append(image)
+    def add(self, file_name: str, size: tuple[int, int], instances: Iterable[Found]) -> None:
+        """`size`: width and height of the upright picture. One that was added before gets more of them."""
+        image, annotations = self._rows.add(file_name, size, instances, self._images.get(file_name))
+        self._images[file_name] = image
         self._annotations += annotations
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
-        return {"images": self._images, "annotations": self._annotations, "categories": self._rows.categories}
+        images = list(self._images.values())
+        return {"images": images, "annotations": self._annotations, "categories": self._rows.categories}
 
 
 class CocoRows:
@@ -53,15 +54,16 @@ class CocoRows:
         return [{"id": number, "name": name} for name, number in self._numbers.items()]
 
     def add(
-        self, file_name: str, size: tuple[int, int], found: Iterable[Found]
+        self, file_name: str, size: tuple[int, int], found: Iterable[Found], image: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The picture's row of images, and its annotations."""
-        width, height = size
-        self._images += 1
-        image = {"id": self._images, "file_name": file_name, "width": width, "height": height}
-        return image, [self._annotation(one) for one in found]
+        """The picture's row of images, which may be there already, and its annotations."""
+        if image is None:
+            width, height = size
+            self._images += 1
+            image = {"id": self._images, "file_name": file_name, "width": width, "height": height}
+        return image, [self._annotation(one, image["id"]) for one in found]
 
-    def _annotation(self, found: Found) -> dict[str, Any]:
+    def _annotation(self, found: Found, image: int) -> dict[str, Any]:
         x1, y1, x2, y2 = found.box
         outlines = found.polygons or ((found.quad,) if found.quad else ())
         # A segmentation's part has three points or more (pycocotools, frPyObjects).
@@ -69,7 +71,7 @@ class CocoRows:
         self._annotations += 1
         annotation = {
             "id": self._annotations,
-            "image_id": self._images,
+            "image_id": image,
             "category_id": self._numbers.setdefault(found.label, len(self._numbers) + 1),
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "area": sum(map(_area, parts)) if parts else (x2 - x1) * (y2 - y1),

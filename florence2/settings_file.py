@@ -23,7 +23,7 @@ def read_settings(
     adapt: Callable[[Any, Path], Any] = lambda config, folder: config,
 ) -> Settings:
     """The file with `key=value` settings over it. `adapt` gets what the file says, and its folder. Raises ValueError
-    that says what is wrong where, with the `hint` behind it."""
+    that says what is wrong where, with the `hint` behind it where it is a setting."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
@@ -36,7 +36,9 @@ def read_settings(
     except FileNotFoundError:
         raise ValueError(f"{path} is missing; give a YAML file of settings") from None
     except (OmegaConfBaseException, YAMLError, TypeError, ValueError) as error:
-        raise ValueError(f"{path or kind.__name__.lower()}: {_first_line(error)}; {hint}") from error
+        # YAML's says in its lines where it is.
+        problem = " ".join(str(error).split()) if isinstance(error, YAMLError) else _first_line(error)
+        raise ValueError(f"{path or kind.__name__.lower()}: {problem}; {hint}") from error
     assert isinstance(found, kind)
     return found
 

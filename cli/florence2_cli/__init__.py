@@ -1,6 +1,6 @@
 """The `florence2` command. One file per subcommand; each imports its room when it runs.
 
-Nothing imports it; it imports every room but the demo.
+No room imports it, but scripts do; it imports every room but the demo.
 """
 
 import argparse

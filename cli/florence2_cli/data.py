@@ -62,9 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from florence2_datasets.check import check
-    from florence2_datasets.formats import open_data
-    from florence2_datasets.sample_page import write_page
+    from florence2_data.check import check
+    from florence2_data.formats import open_data
+    from florence2_data.sample_page import write_page
 
     limits = _limits(args) if args.checkpoint else None
     splits = [split for path in args.data for split in open_data(path, args.format, args.images)]
@@ -84,9 +84,9 @@ def _limits(args: argparse.Namespace) -> "AnswerLimits":
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from florence2_datasets.convert import convert
-    from florence2_datasets.formats import open_split
-    from florence2_datasets.record import Problem
+    from florence2_data.convert import convert
+    from florence2_data.formats import open_split
+    from florence2_data.record import Problem
 
     split = open_split(args.data, args.format, args.images, args.split)
     left_out = 0

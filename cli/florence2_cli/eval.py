@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from florence2_datasets.record import Example, Problem
+    from florence2_data.record import Example, Problem
     from florence2_evaluation.models import Model
     from florence2_evaluation.prediction import Prediction
     from florence2_evaluation.score import Score
@@ -97,8 +97,8 @@ def _predictions(args: argparse.Namespace, unusable: list["Problem"]) -> list["P
 
 
 def _examples(args: argparse.Namespace, unusable: list["Problem"]) -> Iterator["Example"]:
-    from florence2_datasets.formats import examples, open_split
-    from florence2_datasets.record import Problem
+    from florence2_data.formats import examples, open_split
+    from florence2_data.record import Problem
 
     split = open_split(args.data, args.format, args.images, args.split)
 
@@ -114,20 +114,22 @@ def _examples(args: argparse.Namespace, unusable: list["Problem"]) -> Iterator["
 
 def _model(args: argparse.Namespace) -> "Model":
     overrides = {"num_beams": args.num_beams, "max_new_tokens": args.max_new_tokens}
-    if args.export:
-        args.extra = "serve"
-        from florence2_evaluation.onnx_model import OnnxModel
-
-        return OnnxModel(args.export, in_flight=args.batch_size, **overrides)
     if args.url:
         from florence2_evaluation.served_model import ServedModel
 
         return ServedModel(args.url, args.model, in_flight=args.batch_size, **overrides)
+    if args.export:
+        args.extra = "serve"
+        from florence2_evaluation.onnx_model import OnnxModel
+
+        args.extra = EXTRA
+        return OnnxModel(args.export, in_flight=args.batch_size, **overrides)
     args.extra = "train"
     import torch
     from florence2_evaluation.torch_model import TorchModel
     from florence2_export.checkpoint import load_checkpoint
 
+    args.extra = EXTRA
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return TorchModel(load_checkpoint(args.checkpoint), args.batch_size, device=device, **overrides)
 

@@ -5,7 +5,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-EXTRA = "train"
+EXTRA = "eval"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -86,12 +86,7 @@ def run(args: argparse.Namespace) -> int:
             serving.enter_context(startup.served(repository))
         endpoint = serve_health(health, args.host, args.health_port)
         serving.callback(close_health, endpoint)
-        server.start()
-        if args.verbose:
-            threading.Thread(target=_follow_log, args=(server,), daemon=True).start()
-        _warn_of_open_wheel(server)
-        # As long as it takes: TensorRT builds engines at the first start.
-        server.wait_ready(timeout=math.inf, progress=_say)
+        _start(server, args.verbose)
         _say(_endpoints(server, endpoint.server_port))
         watchdog.start()
         # What is configured already is what a server is started again with.
@@ -120,6 +115,15 @@ def _server(args: argparse.Namespace) -> "TritonServer":
         cache_size=args.response_cache and args.response_cache * 2**20,
         max_http_size=args.max_http_megabytes and args.max_http_megabytes * 2**20,
     )
+
+
+def _start(server: "TritonServer", verbose: bool) -> None:
+    server.start()
+    if verbose:
+        threading.Thread(target=_follow_log, args=(server,), daemon=True).start()
+    _warn_of_open_wheel(server)
+    # As long as it takes: TensorRT builds engines at the first start.
+    server.wait_ready(timeout=math.inf, progress=_say)
 
 
 def _stop(server: "TritonServer", watchdog: "Watchdog", has_cache: bool) -> int:

@@ -19,10 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings() -> str:
-    try:
-        from florence2_training.recipe import settings
-    except ModuleNotFoundError:  # the package is imported from a source tree's root
-        return ""
+    from florence2_training.recipe import settings
+
     return "settings, with their defaults:\n" + "\n".join(
         f"  {name} [{default}]\n      {text}" for name, default, text in settings()
     )

@@ -1,6 +1,6 @@
 """Call a Florence-2 server.
 
-The applications, release and evaluation import it; it imports florence2.
+The command, the applications, release and evaluation import it; it imports florence2.
 """
 
 from florence2.coco_writer import Coco

@@ -66,7 +66,7 @@ class AsyncFlorence2Client(
         for one second more. `retries`: how often a request is sent again that found the server busy or not there, after
         growing pauses; 9 take 14 to 29 s, in which `florence2 serve` has started a server that died. `headers` go with
         every request. With TLS, `ca` is a file of the authorities to trust, `certificate` and `key` are who we are; all
-        are PEM. `next_share`: the share of requests that try the release that is looked at, where there is one, for
+        are PEM. `next_share`: the share of requests that try the candidate, where there is one, for
         half of the timeout.
         """
         _check_seconds(timeout)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from florence2_datasets.record import Example
+from florence2_data.record import Example
 from florence2_evaluation.models import Model
 from florence2_evaluation.question import questions
 from florence2_evaluation.score import score

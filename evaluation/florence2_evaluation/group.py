@@ -7,7 +7,7 @@ from enum import Enum
 from functools import cached_property
 from typing import Any
 
-from florence2_datasets.parsing import has_shapes, name_of, parse_answer, task_of
+from florence2_data.parsing import has_shapes, name_of, parse_answer, task_of
 
 from florence2.prompts import parse
 from florence2.tasks import TASKS, AnswerKind, Task

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from florence2_datasets.parsing import BINS, LOCATION, task_of
-from florence2_datasets.record import Problem
+from florence2_data.parsing import BINS, LOCATION, task_of
+from florence2_data.record import Problem
 from numpy.typing import ArrayLike, NDArray
 from tokenizers import Tokenizer
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, TypeVar
 
-from florence2_datasets.record import Problem
+from florence2_data.record import Problem
 
 from florence2_evaluation.prediction import Prediction
 from florence2_evaluation.question import Question

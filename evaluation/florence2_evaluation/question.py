@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from florence2_datasets.record import Example
+from florence2_data.record import Example
 
 
 @dataclass(frozen=True)

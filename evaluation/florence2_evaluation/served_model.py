@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from florence2_client import Florence2Client, ServerRefused
-from florence2_datasets.record import Problem
+from florence2_data.record import Problem
 
 from florence2.images import decode
 from florence2_evaluation.model_io import predicted, problem, read_picture

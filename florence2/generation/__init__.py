@@ -1,4 +1,4 @@
 """Beam search as transformers defines it, for requests that come and go.
 
-Backend, export and evaluation import it; it imports florence2.
+Backend, export, evaluation and release import it; it imports florence2.
 """

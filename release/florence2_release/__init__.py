@@ -1,5 +1,5 @@
 """An export becomes a release that clients get: installed, judged, switched to, gone back from; servers are started and
 watched.
 
-The command imports it; it imports the client, datasets and evaluation, and no torch.
+The command imports it; it imports the client, data and evaluation, and no torch.
 """

@@ -29,7 +29,8 @@ class NotGood(Exception):
 
 
 class Candidate:
-    """One that answers. Its methods raise NotGood, or RuntimeError where the server has no room to answer."""
+    """One that answers. Its methods raise NotGood, RuntimeError where the server has no room to answer, and ValueError
+    for bounds that can't be held."""
 
     def __init__(
         self,
@@ -210,8 +211,8 @@ def memory_gb(metrics_url: str | None) -> float:
 
 
 def questions_of(gate: Gate) -> list[Any]:
-    from florence2_datasets.formats import examples, open_split
-    from florence2_datasets.record import Problem
+    from florence2_data.formats import examples, open_split
+    from florence2_data.record import Problem
     from florence2_evaluation.question import questions
 
     assert gate.data is not None

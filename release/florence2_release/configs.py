@@ -58,7 +58,7 @@ def write_model(
     if shipped_one := _shipped(model.name, wanted):
         config, comments = shipped_one.config, shipped_one.comments
         chosen = before if wanted == current else _parsed_if_there(_kept(model, wanted))
-        _keep(config, chosen)
+        _keep(model.name, config, chosen)
     else:
         own = path if before and not profile else _kept(model, wanted)
         config, comments, chosen = parsed(own), own.read_text(), None
@@ -66,7 +66,7 @@ def write_model(
     if wanted != CPU:
         config.parameters[_PROFILE].string_value = wanted
     config.version_policy.specific.versions[:] = versions
-    _set_response_cache(config, before, chosen, response_cache)
+    _set_response_cache(model.name, config, before, chosen, response_cache)
     if engine_cache := engine_cache or (before and engine_cache_of(before)):
         _set_engine_cache(config, engine_cache)
     if not path.is_file() or config != parsed(path):
@@ -101,19 +101,19 @@ def _parsed_if_there(path: Path) -> ModelConfig | None:
     return parsed(path) if path.is_file() else None
 
 
-def _keep(config: ModelConfig, chosen: ModelConfig | None) -> None:
+def _keep(model: str, config: ModelConfig, chosen: ModelConfig | None) -> None:
     """What was set by hand."""
     if chosen is None:
         return
     for key, parameter in chosen.parameters.items():
-        if key in config.parameters and (config.name, key, parameter.string_value) not in _SHIPPED_BEFORE:
+        if key in config.parameters and (model, key, parameter.string_value) not in _SHIPPED_BEFORE:
             config.parameters[key].CopyFrom(parameter)
     del config.instance_group[:]
     config.instance_group.extend(chosen.instance_group)
 
 
 def _set_response_cache(
-    config: ModelConfig, before: ModelConfig | None, chosen: ModelConfig | None, wanted: bool | None
+    model: str, config: ModelConfig, before: ModelConfig | None, chosen: ModelConfig | None, wanted: bool | None
 ) -> None:
     told = wanted is not None
     if wanted is None:
@@ -123,7 +123,7 @@ def _set_response_cache(
         if chosen is not None and _CACHE_TOLD in chosen.parameters and not told:
             wanted = chosen.parameters[_CACHE_TOLD].string_value == "true"
         config.parameters[_CACHE_TOLD].string_value = str(bool(wanted)).lower()
-    if wanted and config.name in CACHED and config.backend == "python":
+    if wanted and model in CACHED and config.backend == "python":
         config.response_cache.enable = True
 
 

@@ -1,6 +1,7 @@
 """What beam_search's config.pbtxt says in each profile, where that differs from the one for a CPU.
 
-The vision encoder's profiles are other backends of Triton, so they are files: model_repository/vision_encoder/configs.
+The vision encoder's differ in more than values, most in their backend, so they are files, in
+model_repository/vision_encoder/configs.
 """
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup

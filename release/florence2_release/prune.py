@@ -6,7 +6,7 @@ from florence2_release.repository import Repository
 
 def prune(repository: Repository, keep: int) -> list[Release]:
     """Removes the models of all but the last `keep` releases of each name that have any, of none that is live,
-    looked at or gone back to; returns those that lost something. Records stay. Raises ValueError."""
+    a candidate or gone back to; returns those that lost something. Records stay. Raises ValueError."""
     if keep < 0:
         raise ValueError(f"releases to keep are counted from 0 on, not {keep}")
     removed = []

@@ -28,7 +28,7 @@ class Release:
     standby: int | None = None
     """While it is live: the release that stays loaded, to go back to."""
     before: tuple[int, int, float] | None = None
-    """What the release before had answered and failed to, and the seconds of it, while this one was looked at."""
+    """What the release before had answered and failed to, and the seconds of it, while this one was a candidate."""
     outcome: str | None = None
     """What became of it: live, or why not, or why not any more. None while it is on its way."""
     forced: bool = False

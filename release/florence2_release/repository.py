@@ -79,7 +79,7 @@ class Repository:
     # --- what is there ---
 
     def ensembles(self) -> list[str]:
-        """Names that clients call, and those of releases that are looked at."""
+        """Names that clients call, and those of candidates."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted(path.name for path in found if path.name not in (*FILES, *OTHERS) and is_ours(path))
 
@@ -194,7 +194,7 @@ class Repository:
         self.write_ensemble(release.name + NEXT, release.number, release.models)
 
     def remove_candidate(self, name: str) -> None:
-        """No release of that name is looked at any more."""
+        """There is no candidate of that name any more."""
         folder = self.folder / (name + NEXT)
         # First what Triton goes by: a kill must not leave a model without its version.
         (folder / configs.FILE_NAME).unlink(missing_ok=True)

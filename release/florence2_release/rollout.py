@@ -52,12 +52,12 @@ class Rollout:
             if self.repository.live(name) != release.number:
                 try:
                     self._judge(release, force)
-                except NotGood as error:
-                    raise self._refuse(release, str(error)) from error
                 except LoadError as error:
                     if release.models.get(error.model) == release.number or error.model == name + NEXT:
                         raise self._refuse(release, str(error)) from error
                     self._withdraw(release)
+                    raise
+                except Refused:
                     raise
                 except Exception:
                     self._withdraw(release)
@@ -89,6 +89,12 @@ class Rollout:
     # --- before the switch ---
 
     def _judge(self, release: Release, force: bool) -> None:
+        try:
+            self._compare(release, force)
+        except NotGood as error:
+            raise self._refuse(release, str(error)) from error
+
+    def _compare(self, release: Release, force: bool) -> None:
         if damaged := self.repository.damage(release):
             raise NotGood(f"{damaged} is not the file that was installed; release the export again")
         if not release.manifest["parity"]:

@@ -1,5 +1,5 @@
 """What is done to a repository before a server starts on it: it gets the code of this package, and loads what clients
-get, not what was looked at when the last server ended."""
+get, not a candidate that was left when the last server ended."""
 
 import contextlib
 import fcntl
@@ -19,8 +19,8 @@ def prepare(
     repository: Repository, profile: str | None = None, response_cache: bool = False, engine_cache: Path | None = None
 ) -> None:
     """For the `profile` that is named; TensorRT's engines are kept in `engine_cache`, or in the user's cache folder.
-    Raises ValueError for a profile that is none, for what would have to be written and
-    can't, or for engines that others may replace."""
+    Raises ValueError for a profile that is none, for what would have to be written and can't, or for engines that
+    others may replace."""
     if profile:
         repository.check_profile(profile)
     if not repository.ensembles():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEMO_CHECKPOINT
 from florence2_client import ServerRefused, Text
-from florence2_datasets.record import Example, Problem
+from florence2_data.record import Example, Problem
 from florence2_evaluation import served_model
 from florence2_evaluation.model_io import predicted
 from florence2_evaluation.onnx_model import OnnxModel

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from florence2_datasets.record import Example
+from florence2_data.record import Example
 from florence2_evaluation import captions, detection, vqa
 from florence2_evaluation import score as scores_of
 from florence2_evaluation.group import groups

@@ -18,7 +18,7 @@ from onnx import TensorProto
 
 from florence2.manifest import Manifest
 
-OPERATORS = (ROOT / "tests" / "data" / "tensorrt_operators.txt").read_text().splitlines()[1:]
+OPERATORS = (ROOT / "tests" / "fixtures" / "tensorrt_operators.txt").read_text().splitlines()[1:]
 
 
 @pytest.fixture(scope="module")

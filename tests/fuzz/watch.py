@@ -167,7 +167,7 @@ def _role(process: psutil.Process) -> str:
             return path.parents[1].name
         if word.startswith("-") or ("/" in word and path.suffix != ".py"):
             continue
-        return path.stem if path.suffix == ".py" else word.removeprefix("florence2.")
+        return path.stem if path.suffix == ".py" else word.removeprefix("florence2_")
     return Path(words[0]).name if words else "?"
 
 

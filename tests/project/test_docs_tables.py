@@ -9,6 +9,7 @@ from pathlib import Path
 from conftest import ROOT
 from florence2_release.configs import parsed
 from pages import blocks, text
+from test_house import IMPORTS
 
 from florence2.backend.metric_names import COUNTERS, GAUGES
 from florence2.generation.settings import MAX_BEAMS
@@ -91,7 +92,7 @@ def test_limits() -> None:
 
 
 def test_training_formats() -> None:
-    from florence2_datasets.formats import FORMATS
+    from florence2_data.formats import FORMATS
 
     assert [line[0].strip("`") for line in rows("docs/formats.md", "Training data")[1:]] == list(FORMATS)
 
@@ -124,7 +125,7 @@ def literals(path: Path) -> Iterator[str]:
 
 
 def test_messages_are_still_printed() -> None:
-    rooms = ("florence2", "export", "release", "client", "training", "model_repository")
+    rooms = (*IMPORTS, "model_repository")
     printed = "\n".join(line for room in rooms for path in (ROOT / room).rglob("*.py") for line in literals(path))
     _, *tables = text("docs/troubleshooting.md").split("| it says | because | do |")
     assert len(tables) == 6

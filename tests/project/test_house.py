@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-ROOMS = ("cli", "apps", "release", "demo", "training", "evaluation", "export", "datasets", "client")
+ROOMS = ("cli", "apps", "release", "demo", "training", "evaluation", "export", "data", "client")
 IMPORTS = {
     "florence2": set(),
     "client": {"florence2"},
-    "datasets": {"florence2"},
+    "data": {"florence2"},
     "export": {"florence2"},
-    "evaluation": {"florence2", "client", "datasets", "export"},
-    "training": {"florence2", "datasets", "export", "evaluation"},
+    "evaluation": {"florence2", "client", "data", "export"},
+    "training": {"florence2", "data", "export", "evaluation"},
     "apps": {"florence2", "client"},
-    "release": {"florence2", "client", "datasets", "evaluation"},
-    "demo": {"florence2", "datasets", "export", "evaluation", "training"},
-    "cli": {"florence2", "client", "datasets", "export", "evaluation", "training", "apps", "release"},
+    "release": {"florence2", "client", "data", "evaluation"},
+    "demo": {"florence2", "data", "export", "evaluation", "training"},
+    "cli": {"florence2", "client", "data", "export", "evaluation", "training", "apps", "release"},
 }
 HEAVY = {"torch", "transformers", "peft", "accelerate"}
 
@@ -37,10 +37,10 @@ TESTS = {
     "cli/test_cli": "cli.__init__",
     "client/test_client": "client.async_client client.pictures client.task_methods",
     "client/test_results": "florence2.coco_writer",
-    "datasets/test_check": """cli.data datasets.findings datasets.parsing datasets.picture_check datasets.picture_files
-        datasets.rounding datasets.sample_page""",
-    "datasets/test_formats": """datasets.chats datasets.coco datasets.markup datasets.objects datasets.record
-        datasets.rows datasets.voc datasets.yolo""",
+    "data/test_check": """cli.data data.findings data.parsing data.picture_check data.picture_files
+        data.rounding data.sample_page""",
+    "data/test_formats": """data.chats data.coco data.markup data.objects data.record
+        data.rows data.voc data.yolo""",
     "demo/test_build": """demo.__main__ demo.evaluate demo.lessons demo.model demo.pages demo.picture_store
         demo.samples demo.stamps demo.tower demo.words""",
     "differential/test_evaluation_models": """evaluation.model_io evaluation.onnx_model evaluation.served_model
@@ -136,7 +136,7 @@ def test_the_readme_has_the_same_table() -> None:
 
 
 def test_what_serves_or_judges_a_server_imports_no_torch() -> None:
-    for room in ("florence2", "client", "apps", "datasets", "release", "evaluation"):
+    for room in ("florence2", "client", "apps", "data", "release", "evaluation"):
         heavy = {name for name, path in modules(room) if imported(path) & HEAVY}
         assert heavy == ({"torch_model"} if room == "evaluation" else set())
 
@@ -146,7 +146,7 @@ def test_a_server_is_judged_without_torch() -> None:
 for name in {sorted(HEAVY)}:
     sys.modules[name] = None
 import florence2_evaluation.served_model, florence2_evaluation.score, florence2_evaluation.report
-import florence2_datasets.check, florence2_datasets.convert, florence2_release.rollout
+import florence2_data.check, florence2_data.convert, florence2_release.rollout
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -155,6 +155,32 @@ def test_a_model_file_imports_the_backend_alone() -> None:
     files = list((ROOT / "model_repository").glob("*/*/model.py"))
     assert len(files) == 4
     assert all(imported(path) == {"florence2"} for path in files)
+
+
+LONG_FILES = {"benchmarks/gpu.py": "one script that is sent to a machine by itself"}
+LONG_FUNCTIONS = {
+    "forward": "a graph's steps, in the order of transformers' code",
+    "_microsoft_config": "one file's fields",
+    "fit": "the loop of steps, every line of it a step's",
+    "label_on_ray": "one chain of Ray's calls",
+}
+"""Why they are longer than others may be."""
+
+
+def test_nothing_is_too_long_without_a_reason() -> None:
+    files = [path for room in IMPORTS for _, path in modules(room)] + list((ROOT / "benchmarks").glob("*.py"))
+    long_files, long_functions = set(), set()
+    for path in files:
+        lines = path.read_text().splitlines()
+        if len(lines) > 300:
+            long_files.add(str(path.relative_to(ROOT)))
+        if path.parent.name == "benchmarks":
+            continue
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 40:
+                long_functions.add(node.name)
+    assert long_files == LONG_FILES.keys()
+    assert long_functions == LONG_FUNCTIONS.keys()
 
 
 def test_a_room_says_what_it_is_for() -> None:

@@ -135,5 +135,7 @@ def test_the_wheel_carries_what_is_served_and_no_more(python: Path) -> None:
     assert {folder.name for folder in models.iterdir()} == {
         *("florence2", "preprocess", "vision_encoder", "beam_search", "postprocess")
     }
-    assert not list(site.glob("tests*"))
+    assert not [*site.glob("tests*"), *site.glob("florence2_demo*")]
+    data = {path.name for path in site.glob("florence2*/**/*") if path.suffix in (".jinja", ".css", ".yaml", ".typed")}
+    assert data == {"report.html.jinja", "page.html.jinja", "page.css", "stamps.yaml", "py.typed"}
     assert list(site.glob("florence2_triton-*.dist-info/licenses/LICENSE"))

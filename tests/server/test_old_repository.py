@@ -1,7 +1,7 @@
 """A repository that was made at bb97b87 is served, takes a release and goes back.
 
-tests/data/repository-bb97b87.tar.xz holds tiny random checkpoints: release 1, to go back to, release 2, which is live,
-and release 3, a second fine-tune called `stamps`, with what that commit's server answered. Every change of models,
+tests/fixtures/repository-bb97b87.tar.xz holds tiny random checkpoints: release 1, to go back to, release 2, which is
+live, and release 3, a second fine-tune called `stamps`, with what that commit's server answered. Every change of models,
 graphs, configs and records has to serve it.
 """
 
@@ -25,7 +25,7 @@ from florence2_release.rollback import roll_back
 from florence2_release.rollout import Rollout
 from florence2_release.server import TritonServer
 
-ARCHIVE = ROOT / "tests" / "data" / "repository-bb97b87.tar.xz"
+ARCHIVE = ROOT / "tests" / "fixtures" / "repository-bb97b87.tar.xz"
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"
 
 pytestmark = pytest.mark.server

@@ -22,6 +22,7 @@ from conftest import DEMO_CHECKPOINT
 from florence2_cli import main
 from florence2_client import Florence2Client, ServerRefused
 from florence2_release import startup
+from florence2_release.candidate import Candidate
 from florence2_release.ensemble import ENSEMBLE
 from florence2_release.gate import Gate, load_gate
 from florence2_release.health import Health, close_health, serve_health
@@ -326,15 +327,15 @@ def test_a_command_that_is_killed_anywhere_is_finished_by_the_next(
 def test_a_server_that_is_killed_comes_back_and_the_release_is_finished(
     exports: dict[str, Path], answers: dict[str, list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Rollout._measure
+    measure = Candidate.measure
     with served(exports["whole"], tmp_path) as (repository, server):
 
-        def kill(self: Rollout, release: Release) -> None:
+        def kill(self: Candidate) -> None:
             server.kill()
-            measure(self, release)
+            measure(self)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Rollout, "_measure", kill)
+            patched.setattr(Candidate, "measure", kill)
             with pytest.raises(RuntimeError, match=r"no server at .*; start it, and give the same command"):
                 released(repository, server, exports["cut"], replace(QUICK, latency_requests=1))
     assert (repository.ensembles(), repository.release(2).outcome) == (["florence2"], None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
-from florence2_datasets.parsing import name_of
+from florence2_data.parsing import name_of
 from florence2_export.checkpoint import Checkpoint
 from florence2_training.corpus import Corpus, draw_epoch, read_corpus
 from florence2_training.recipe import Source

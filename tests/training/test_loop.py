@@ -496,7 +496,7 @@ def _start(recipe: str) -> None:
 def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     # Each is a process of its own, killed with SIGKILL; the fork server has torch imported already.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["florence2_training.train", "test_training_loop"])
+    context.set_forkserver_preload(["florence2_training.train", "test_loop"])
     settings: dict[str, Any] = {"max_steps": 30, "save_steps": 2, "eval_steps": 10}
     expected = train(busy(tmp_path, "whole", **settings))
     path = tmp_path / "recipe.yaml"

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from florence2_datasets.formats import Split, examples, open_split
-from florence2_datasets.parsing import name_of
-from florence2_datasets.record import Example, Problem
+from florence2_data.formats import Split, examples, open_split
+from florence2_data.parsing import name_of
+from florence2_data.record import Example, Problem
 from numpy.typing import NDArray
 from tqdm import tqdm
 

@@ -5,7 +5,7 @@ from itertools import islice
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from florence2_datasets.parsing import parse_answer
+from florence2_data.parsing import parse_answer
 from florence2_evaluation.prediction import Prediction
 from florence2_evaluation.question import Question, questions
 from florence2_evaluation.score import score

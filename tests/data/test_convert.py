@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from florence2_cli import main
-from florence2_datasets.convert import convert
-from florence2_datasets.formats import examples, open_data
-from florence2_datasets.record import Example
+from florence2_data.convert import convert
+from florence2_data.formats import examples, open_data
+from florence2_data.record import Example
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image

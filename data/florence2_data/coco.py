@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from florence2_datasets.markup import numbers
-from florence2_datasets.record import Problem, Region, Sample, Text
+from florence2_data.markup import numbers
+from florence2_data.record import Problem, Region, Sample, Text
 
 
 def read_coco(path: Path, images: Path | None) -> Iterator[Sample | Problem]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from florence2.locations import Size
-from florence2_datasets.markup import numbers
-from florence2_datasets.record import Region
+from florence2_data.markup import numbers
+from florence2_data.record import Region
 
 _BBOX_TYPES: dict[str, tuple[float, Size | None]] = {
     "real": (1, None),

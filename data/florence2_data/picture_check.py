@@ -8,8 +8,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
-from florence2_datasets.findings import Report
-from florence2_datasets.picture_files import Seen, see_all
+from florence2_data.findings import Report
+from florence2_data.picture_files import Seen, see_all
 
 _BATCH = 16
 _WORKERS = min(os.cpu_count() or 1, 8)

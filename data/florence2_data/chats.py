@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from florence2_datasets.markup import fill, refuse_foreign, take_images
-from florence2_datasets.objects import read_objects
-from florence2_datasets.record import Problem, Sample, Text
-from florence2_datasets.rows import rows
+from florence2_data.markup import fill, refuse_foreign, take_images
+from florence2_data.objects import read_objects
+from florence2_data.record import Problem, Sample, Text
+from florence2_data.rows import rows
 
 Turns = list[tuple[str, str]]
 """What the user says, and the answer."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from florence2.images import SUFFIXES
-from florence2_datasets.record import Problem, Region, Sample, Text
+from florence2_data.record import Problem, Region, Sample, Text
 
 _SPLITS = ("train", "val", "valid", "test")
 _YAMLS = ("data.yaml", "data.yml", "dataset.yaml")

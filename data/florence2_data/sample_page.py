@@ -13,10 +13,10 @@ from PIL import Image
 from florence2.drawing import draw
 from florence2.errors import InvalidRequest
 from florence2.images import decode
-from florence2_datasets.check import Shown
-from florence2_datasets.findings import Report
-from florence2_datasets.parsing import parse_answer, prompt_boxes, task_of
-from florence2_datasets.record import Example
+from florence2_data.check import Shown
+from florence2_data.findings import Report
+from florence2_data.parsing import parse_answer, prompt_boxes, task_of
+from florence2_data.record import Example
 
 _TEMPLATE = "page.html.jinja"
 _WIDEST = 480

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from florence2_datasets.formats import FORMATS, examples, open_data
-from florence2_datasets.picture_files import upright_size
-from florence2_datasets.record import Example, Problem
+from florence2_data.formats import FORMATS, examples, open_data
+from florence2_data.picture_files import upright_size
+from florence2_data.record import Example, Problem
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -264,7 +264,7 @@ def test_files_of_another_format_are_not_passed_over(folder, row):
 
 
 def test_the_first_row_is_looked_for_once(folder, monkeypatch):
-    from florence2_datasets import formats
+    from florence2_data import formats
 
     read: list[Path] = []
     original = formats.rows

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from florence2_datasets.record import Problem
+from florence2_data.record import Problem
 
 Row = tuple[str, dict[str, Any]]
 """Where it stands, and what it says."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from florence2.images import SUFFIXES
-from florence2_datasets.markup import numbers
-from florence2_datasets.record import Problem, Region, Sample
+from florence2_data.markup import numbers
+from florence2_data.record import Problem, Region, Sample
 
 _EDGES = (("xmin", -1), ("ymin", -1), ("xmax", 0), ("ymax", 0))
 """Pixels are counted from 1: the box's edges are left of the first pixel and right of the last (detectron2's

@@ -8,13 +8,13 @@ from itertools import islice
 from pathlib import Path
 
 from florence2.locations import Size
-from florence2_datasets.chats import read_conversations, read_messages, read_prefix, read_queries
-from florence2_datasets.coco import read_coco
-from florence2_datasets.picture_files import missing, upright_size
-from florence2_datasets.record import Example, Problem, Region, Sample, example
-from florence2_datasets.rows import rows
-from florence2_datasets.voc import find_voc, read_voc
-from florence2_datasets.yolo import find_yolo, read_yolo
+from florence2_data.chats import read_conversations, read_messages, read_prefix, read_queries
+from florence2_data.coco import read_coco
+from florence2_data.picture_files import missing, upright_size
+from florence2_data.record import Example, Problem, Region, Sample, example
+from florence2_data.rows import rows
+from florence2_data.voc import find_voc, read_voc
+from florence2_data.yolo import find_yolo, read_yolo
 
 Read = Iterator[Sample | Problem]
 Heads = dict[Path, frozenset[str]]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from florence2_datasets.record import Region, Text
+from florence2_data.record import Region, Text
 
 _IMAGE = re.compile(r"(?:Picture\s*\d+\s*:\s*)?<img>(.*?)</img>[ \t]*\r?\n?|<image>[ \t]*\r?\n?", re.DOTALL)
 _PART = re.compile(

@@ -11,9 +11,9 @@ from typing import IO
 
 from florence2.coco_writer import Coco
 from florence2.errors import InvalidRequest
-from florence2_datasets.formats import SizeOf, Split, examples
-from florence2_datasets.parsing import LOCATION, has_shapes, parse_answer, shapes, task_of
-from florence2_datasets.record import Example, Problem, Size
+from florence2_data.formats import SizeOf, Split, examples
+from florence2_data.parsing import LOCATION, has_shapes, parse_answer, shapes, task_of
+from florence2_data.record import Example, Problem
 
 
 def convert(split: Split, output: Path, report: Callable[[Problem], None]) -> int:
@@ -47,8 +47,7 @@ def _write_lines(
 def _write_coco(
     items: Iterable[Example | Problem], file: IO[str], folder: Path, report: Callable[[Problem], None]
 ) -> int:
-    pictures: dict[str, tuple[Size, list[_Box]]] = {}
-    sizes, count = SizeOf(), 0
+    coco, sizes, count = Coco(), SizeOf(), 0
     for item in items:
         try:
             boxes = item if isinstance(item, Problem) else _boxes(item, sizes)
@@ -58,11 +57,8 @@ def _write_coco(
             report(boxes)
             continue
         assert isinstance(item, Example)
-        pictures.setdefault(_name(item.image, folder), (sizes(item.image), []))[1].extend(boxes)
+        coco.add(_name(item.image, folder), sizes(item.image), boxes)
         count += 1
-    coco = Coco()
-    for name, (size, found) in pictures.items():
-        coco.add(name, size, found)
     json.dump(coco.to_dict(), file, ensure_ascii=False)
     return count
 

@@ -7,7 +7,7 @@ from collections import Counter
 from functools import lru_cache
 
 from florence2.locations import Size
-from florence2_datasets.parsing import BINS, LOCATION, RUN
+from florence2_data.parsing import BINS, LOCATION, RUN
 
 _RULES = {
     # Florence-2's, and TF-ID's.

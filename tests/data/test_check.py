@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from florence2_cli import main
-from florence2_datasets.check import check
-from florence2_datasets.findings import KINDS, LABELS, SHOWN, Report
-from florence2_datasets.formats import open_data
-from florence2_datasets.rounding import Rounding
-from florence2_datasets.sample_page import write_page
+from florence2_data.check import check
+from florence2_data.findings import KINDS, LABELS, SHOWN, Report
+from florence2_data.formats import open_data
+from florence2_data.rounding import Rounding
+from florence2_data.sample_page import write_page
 from florence2_export.answer_limits import read_answer_limits
 from PIL import Image, ImageColor
 
@@ -215,7 +215,7 @@ def test_lengths_are_counted_with_the_checkpoints_tokenizer(folder, capsys):
     tokens = len(lengths.tokens(box))
     assert tokens == len(lengths.tokens("cat")) + 4
     path = write(folder, ("<OD>", box), ("<OD>", box * 300))
-    report = found(path, lengths=lengths)
+    report = found(path, limits=lengths)
     assert report.lengths is not None
     assert sorted(report.lengths)[0] == tokens
     assert report.counts == {"length": 1, "repeated": 1}

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from florence2.answer_limits import AnswerLimits, repeats
 from florence2.locations import quantize
 from florence2.tasks import AnswerKind, Task
-from florence2_datasets.findings import Report
-from florence2_datasets.formats import SizeOf, Split, regions, resolve
-from florence2_datasets.parsing import (
+from florence2_data.findings import Report
+from florence2_data.formats import SizeOf, Split, regions, resolve
+from florence2_data.parsing import (
     BINS,
     LOCATION,
     RUN,
@@ -22,9 +22,9 @@ from florence2_datasets.parsing import (
     shapes,
     task_of,
 )
-from florence2_datasets.picture_check import PictureCheck
-from florence2_datasets.record import Example, Problem, Sample
-from florence2_datasets.rounding import Rounding
+from florence2_data.picture_check import PictureCheck
+from florence2_data.record import Example, Problem, Sample
+from florence2_data.rounding import Rounding
 
 _SIZE = (BINS, BINS)
 _BOX_KINDS = (AnswerKind.DESCRIPTION_WITH_BBOXES, AnswerKind.PHRASE_GROUNDING, AnswerKind.BBOXES)
