@@ -63,6 +63,20 @@ def test_lines_have_the_words_of_the_model_and_paths_from_the_outputs_folder(fol
         assert read.image == folder / "in" / "p.png"
 
 
+def test_coco_is_numbered_in_the_order_of_the_samples(folder):
+    box = "<loc_1><loc_1><loc_2><loc_2>"
+    source = write(folder, row(f"cat{box}"), row(f"dog{box}", "q.png"), row(f"bird{box}"))
+    assert run(source, folder / "out.json") == 0
+    out = json.loads((folder / "out.json").read_text())
+    assert [one["name"] for one in out["categories"]] == ["cat", "dog", "bird"]
+    assert [(one["id"], one["image_id"], one["category_id"]) for one in out["annotations"]] == [
+        (1, 1, 1),
+        (2, 2, 2),
+        (3, 1, 3),
+    ]
+    assert [image["file_name"] for image in out["images"]] == ["in/p.png", "in/q.png"]
+
+
 def test_coco_has_boxes_at_the_centres_of_their_bins(folder):
     source = write(
         folder,

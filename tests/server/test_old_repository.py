@@ -1,7 +1,7 @@
 """A repository that was made at bb97b87 is served, takes a release and goes back.
 
 tests/fixtures/repository-bb97b87.tar.xz holds tiny random checkpoints: release 1, to go back to, release 2, which is
-live, and release 3, a second fine-tune called `stamps`, with what that commit's server answered. Every change of models,
+live, and release 3, a second fine-tune called `stamps`, with what that commit answered. Every change of models,
 graphs, configs and records has to serve it.
 """
 
