@@ -252,6 +252,8 @@ def measure(server: TritonServer, work: Path, seconds: float) -> str:
     phases = [phase("saturation", seconds / 4)]
     if not (rate := phases[0].answers):
         raise SystemExit(f"nothing was answered within {seconds / 4:.0f} s; give more --seconds")
+    if phases[0].per_second("refused", 1)[0] > rate:
+        raise SystemExit(f"{IN_FLIGHT} in flight are more than the server takes; give more --max-waiting")
     for times in TIMES:
         phases += [phase(f"{times} x", seconds, times * rate), phase(f"saturation after {times} x", seconds / 4)]
     floods = [overload.flood("HTTP", overload.over_http), overload.flood("gRPC", overload.over_grpc)]
@@ -265,7 +267,7 @@ def main() -> None:
     what.add_argument("--size", choices=("demo", "base"), default="demo", help="what is exported and served")
     what.add_argument("--export", type=Path, help="an export to serve in its place")
     parser.add_argument(
-        "--max-waiting", type=int, metavar="N", help="beam_search's parameter, 28 or more: 32 in flight have to fit"
+        "--max-waiting", type=int, metavar="N", help="beam_search's parameter; 32 in flight have to fit, so 40 or more"
     )
     parser.add_argument("--seconds", type=float, default=600, help="of each overload (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="write overload/SIZE.md beside this script, too")
