@@ -240,8 +240,9 @@ def test_what_cannot_be_scored_is_refused_in_one_line(
     for name in ("train", "valid"):
         (splits / name).mkdir(parents=True)
         (splits / name / "annotations.jsonl").write_text(data.read_text())
-    assert "train, valid" in refused(str(splits), "--export", "nowhere")
-    assert "no split test" in refused(str(splits), "--export", "nowhere", "--split", "test")
+    for named in ([], ["--split", "test"]):
+        error = refused(str(splits), "--export", "nowhere", *named)
+        assert "has the splits train, valid; say which with --split" in error
     assert "manifest.json" in refused(str(splits), "--export", "nowhere", "--split", "valid")
     for arguments in (["--limit", "0"], ["--export", "a", "--url", "b"]):
         with pytest.raises(SystemExit):
