@@ -136,6 +136,8 @@ def test_the_wheel_carries_what_is_served_and_no_more(python: Path) -> None:
         *("florence2", "preprocess", "vision_encoder", "beam_search", "postprocess")
     }
     assert not [*site.glob("tests*"), *site.glob("florence2_demo*")]
-    data = {path.name for path in site.glob("florence2*/**/*") if path.suffix in (".jinja", ".css", ".yaml", ".typed")}
-    assert data == {"report.html.jinja", "page.html.jinja", "page.css", "stamps.yaml", "py.typed"}
+    data = {path.name for path in site.glob("florence2*/**/*") if path.suffix in (".jinja", ".css", ".typed")}
+    assert data == {"report.html.jinja", "page.html.jinja", "page.css", "py.typed"}
+    recipes = {path.name for path in (site / "florence2_training" / "recipes").iterdir()}
+    assert recipes == {path.name for path in (ROOT / "training" / "recipes").iterdir()}
     assert list(site.glob("florence2_triton-*.dist-info/licenses/LICENSE"))
