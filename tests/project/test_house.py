@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -181,6 +182,14 @@ def test_nothing_is_too_long_without_a_reason() -> None:
                 long_functions.add(node.name)
     assert long_files == LONG_FILES.keys()
     assert long_functions == LONG_FUNCTIONS.keys()
+
+
+def test_the_wheel_has_every_room_but_the_demo() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert {ROOT / name for name in project["targets"]["wheel"]["packages"]} == {
+        folder(r) for r in {*IMPORTS} - {"demo"}
+    }
+    assert {ROOT / name for name in project["dev-mode-dirs"]} == {folder(room).parent for room in IMPORTS}
 
 
 def test_a_room_says_what_it_is_for() -> None:
