@@ -192,6 +192,13 @@ def test_the_wheel_has_every_room_but_the_demo() -> None:
     assert {ROOT / name for name in project["dev-mode-dirs"]} == {folder(room).parent for room in IMPORTS}
 
 
+def test_files_that_the_architecture_names_are_there() -> None:
+    named = re.findall(r"`([\w/]+\.(?:py|pbtxt))`", (ROOT / "docs" / "architecture.md").read_text())
+    names = {path.name for room in (*IMPORTS, "model_repository") for path in (ROOT / room).rglob("*.*")}
+    assert len(named) > 50
+    assert [one for one in named if not ((ROOT / one).is_file() if "/" in one else one in names)] == []
+
+
 def test_a_room_says_what_it_is_for() -> None:
     for room in IMPORTS:
         said = ast.get_docstring(ast.parse((folder(room) / "__init__.py").read_text())) or ""
