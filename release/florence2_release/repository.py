@@ -68,6 +68,8 @@ class Repository:
             return
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder; give another --repository")
+        if self.folder.resolve() == configs.shipped().resolve():
+            raise ValueError(f"{self.folder} is what this program makes repositories from; give another --repository")
         folders = {entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
         strangers = sorted(folders - {*FILES, *self.ensembles(), *OTHERS})
         if strangers:

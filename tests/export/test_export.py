@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,27 +50,21 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`native` and `microsoft`, the same weights in both layouts, and their exports under `...-export`."""
-    root = tmp_path_factory.mktemp("export")
-    model = make.random_model(seed=3)
-    make.write_native(root / "native", model)
-    make.write_microsoft(root / "microsoft", model)
-    for name in ("native", "microsoft"):
-        export(str(root / name), root / f"{name}-export")
-    return root
+def fp32(random_exports: Callable[[str, str], Path]) -> Path:
+    """The native checkpoint's export; not to change."""
+    return random_exports("native", "fp32")
 
 
 @pytest.fixture
-def native(root: Path, tmp_path: Path) -> Path:
+def native(random_checkpoints: Path, tmp_path: Path) -> Path:
     """A copy of the native checkpoint, to change."""
-    return make.copy_of(root / "native", tmp_path / "checkpoint")
+    return make.copy_of(random_checkpoints / "native", tmp_path / "checkpoint")
 
 
 @pytest.fixture
-def done(root: Path, tmp_path: Path) -> Path:
+def done(fp32: Path, tmp_path: Path) -> Path:
     """A copy of its export, to change."""
-    return make.copy_of(root / "native-export", tmp_path / "exports" / "native")
+    return make.copy_of(fp32, tmp_path / "exports" / "native")
 
 
 def trace_only(names: set[str], done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +82,8 @@ def trace_only(names: set[str], done: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def no_tracing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trace_only(set(), root / "native-export", monkeypatch)
+def no_tracing(fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_only(set(), fp32, monkeypatch)
 
 
 def contents(folder: Path) -> dict[str, tuple[str, int]]:
@@ -98,14 +92,13 @@ def contents(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def test_manifest_tells_all(root: Path) -> None:
-    folder = root / "native-export"
-    manifest = Manifest.read(folder)
-    assert {path.name for path in folder.iterdir()} == WEIGHTS | SETTINGS | {FILE_NAME}
-    assert manifest.files == {name: contents(folder)[name][0] for name in WEIGHTS | SETTINGS}
-    assert manifest.source == str(root / "native")
+def test_manifest_tells_all(fp32: Path, random_checkpoints: Path) -> None:
+    manifest = Manifest.read(fp32)
+    assert {path.name for path in fp32.iterdir()} == WEIGHTS | SETTINGS | {FILE_NAME}
+    assert manifest.files == {name: contents(fp32)[name][0] for name in WEIGHTS | SETTINGS}
+    assert manifest.source == str(random_checkpoints / "native")
     assert (manifest.revision, manifest.layout, manifest.repairs) == (None, "native", [])
-    assert manifest.sha256 == load_checkpoint(str(root / "native")).sha256
+    assert manifest.sha256 == load_checkpoint(str(random_checkpoints / "native")).sha256
     assert (manifest.precision, manifest.opset) == ("fp32", 20)
     assert manifest.banned_grounding_phrases == make.BANNED
     assert manifest.tools["torch"] == version("torch")
@@ -123,33 +116,33 @@ def test_manifest_tells_all(root: Path) -> None:
     )
 
 
-def test_graphs_tell_nothing_of_the_machine(root: Path) -> None:
-    for graph in (root / "native-export").glob("*.onnx"):
+def test_graphs_tell_nothing_of_the_machine(fp32: Path) -> None:
+    for graph in fp32.glob("*.onnx"):
         content = graph.read_bytes()
         assert b"site-packages" not in content
         assert str(ROOT).encode() not in content
 
 
-def test_graphs_agree_with_the_checkpoint(root: Path) -> None:
-    parity = Manifest.read(root / "native-export").parity
+def test_graphs_agree_with_the_checkpoint(fp32: Path) -> None:
+    parity = Manifest.read(fp32).parity
     assert set(parity["graphs"]) == {"vision_encoder", "encoder", "decoder"}
     assert all(figures["relative"] < 1e-4 for figures in parity["graphs"].values())
     assert parity["generations_equal"] == parity["generations"] == 6
 
 
-def test_graphs_have_no_weight_twice(root: Path) -> None:
+def test_graphs_have_no_weight_twice(fp32: Path) -> None:
     """The tied embedding and head are one table, in Florence-2's vocabulary a third of the decoder."""
     for graph in GRAPHS:
-        model = onnx.load(root / "native-export" / f"{graph.name}.onnx")
+        model = onnx.load(fp32 / f"{graph.name}.onnx")
         large = [numpy_helper.to_array(weight) for weight in model.graph.initializer if np.prod(weight.dims) > 2000]
         unique = {hashlib.sha256(np.sort(weight, axis=None).tobytes()).digest() for weight in large}
         assert len(unique) == len(large)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (72, 40), (48, 100)])
-def test_vision_encoder_of_any_size(root: Path, size: tuple[int, int]) -> None:
+def test_vision_encoder_of_any_size(random_checkpoints: Path, size: tuple[int, int]) -> None:
     """Maps that windows of 4 do not fill, and that are not square."""
-    checkpoint = load_checkpoint(str(root / "native"))
+    checkpoint = load_checkpoint(str(random_checkpoints / "native"))
     pixels = np.random.default_rng(1).integers(0, 256, (2, *size, 3)).astype(np.uint8)
     with torch.inference_mode():
         features = VisionEncoder(checkpoint.model, checkpoint.preprocessor)(torch.tensor(pixels))
@@ -172,41 +165,37 @@ def answers(folder: Path) -> tuple[np.ndarray, list[list[int]]]:
     return features, [answer.token_ids.tolist() for (answer,) in found]
 
 
-def test_layouts_give_the_same_graphs(root: Path) -> None:
-    assert Manifest.read(root / "microsoft-export").layout == "microsoft"
-    features, tokens = answers(root / "native-export")
-    other_features, other_tokens = answers(root / "microsoft-export")
+def test_layouts_give_the_same_graphs(fp32: Path, random_exports: Callable[[str, str], Path]) -> None:
+    other = random_exports("microsoft", "fp32")
+    assert Manifest.read(other).layout == "microsoft"
+    features, tokens = answers(fp32)
+    other_features, other_tokens = answers(other)
     np.testing.assert_array_equal(features, other_features)
     assert tokens == other_tokens
 
 
-def test_untied_head(native: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trace_only({"decoder"}, root / "native-export", monkeypatch)
+def test_untied_head(native: Path, fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace_only({"decoder"}, fp32, monkeypatch)
     state = make.native_state(make.random_model(seed=3), tied_copies=True)
     state["lm_head.weight"] = state["lm_head.weight"].flip(0).contiguous()
     make.write_safetensors(native, state)
     make.edit_json(native / "config.json", lambda config: config.update(tie_word_embeddings=False))
     parity = export(str(native), tmp_path / "export").parity
     assert parity["generations_equal"] == parity["generations"]
-    assert answers(tmp_path / "export")[1] != answers(root / "native-export")[1]
+    assert answers(tmp_path / "export")[1] != answers(fp32)[1]
 
 
 # --- precisions ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def halved(root: Path) -> dict[str, Path]:
+def halved(random_exports: Callable[[str, str], Path]) -> dict[str, Path]:
     """By precision."""
-    folders = {precision: root / precision for precision in ("fp16", "int8")}
-    for precision, folder in folders.items():
-        export(str(root / "native"), folder, precision=precision)
-    return folders
+    return {precision: random_exports("native", precision) for precision in ("fp16", "int8")}
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_what_leaves_the_process_is_float32_in_every_precision(
-    root: Path, halved: dict[str, Path], precision: str
-) -> None:
+def test_what_leaves_the_process_is_float32_in_every_precision(halved: dict[str, Path], precision: str) -> None:
     """So that one config.pbtxt serves them all."""
     for name, tensors in (("vision_encoder", ("image_features",)), ("encoder", ("image_features",))):
         model = onnx.load(halved[precision] / f"{name}.onnx", load_external_data=False)
@@ -248,17 +237,17 @@ def test_eight_bits_for_what_weights_are_multiplied_with(halved: dict[str, Path]
         assert onnx.TensorProto.INT8 not in used["Conv"] + used["Gather"]
 
 
-def test_no_graph_has_an_operator_that_cuda_lacks_in_its_opset(root: Path) -> None:
+def test_no_graph_has_an_operator_that_cuda_lacks_in_its_opset(fp32: Path) -> None:
     """ONNX Runtime's Equal for CUDA is of another version than opset 20's: on the CPU it would part the graph."""
     for graph in GRAPHS:
-        model = onnx.load(root / "native-export" / f"{graph.name}.onnx", load_external_data=False)
+        model = onnx.load(fp32 / f"{graph.name}.onnx", load_external_data=False)
         assert "Equal" not in {node.op_type for node in model.graph.node}
 
 
-def test_no_graph_cuts_at_a_place_that_it_computes(root: Path, halved: dict[str, Path]) -> None:
+def test_no_graph_cuts_at_a_place_that_it_computes(fp32: Path, halved: dict[str, Path]) -> None:
     """On CUDA such a Slice returns its input whole (microsoft/onnxruntime#32083)."""
     slices = 0
-    for folder in (root / "native-export", *halved.values()):
+    for folder in (fp32, *halved.values()):
         for graph in GRAPHS:
             model = onnx.load(folder / f"{graph.name}.onnx", load_external_data=False)
             known = {tensor.name for tensor in model.graph.initializer}
@@ -271,7 +260,7 @@ def test_no_graph_cuts_at_a_place_that_it_computes(root: Path, halved: dict[str,
     assert slices
 
 
-def test_what_overflows_in_half_is_clamped_as_in_transformers(root: Path, tmp_path: Path) -> None:
+def test_what_overflows_in_half_is_clamped_as_in_transformers(fp32: Path, tmp_path: Path) -> None:
     model = make.random_model(seed=3)
     layers = model.model.language_model.encoder.layers
     assert len(layers) == 1
@@ -280,7 +269,7 @@ def test_what_overflows_in_half_is_clamped_as_in_transformers(root: Path, tmp_pa
     rng = np.random.default_rng(0)
     embeds, mask = rng.normal(size=(2, 9, 16)).astype(np.float32), np.ones((2, 9), np.int64)
     mask[1, 6:] = 0
-    signature = ENCODER_MODEL.signature(Manifest.read(root / "native-export").sizes)
+    signature = ENCODER_MODEL.signature(Manifest.read(fp32).sizes)
     write_onnx(ENCODER_MODEL.build(model, {}), signature, tmp_path / "encoder.onnx", "fp16", external_data=False)
     feeds = {"attention_mask": mask, "inputs_embeds": embeds}
     (found,) = session(tmp_path / "encoder.onnx", threads=1).run(None, feeds)
@@ -294,10 +283,11 @@ def test_what_overflows_in_half_is_clamped_as_in_transformers(root: Path, tmp_pa
     np.testing.assert_allclose(found, wanted, rtol=2e-2, atol=2e-2)
 
 
-def test_another_precision_is_made_again(halved: dict[str, Path], tmp_path: Path, root: Path) -> None:
+@pytest.mark.usefixtures("no_tracing")
+def test_another_precision_is_made_again(halved: dict[str, Path], tmp_path: Path, random_checkpoints: Path) -> None:
     folder = make.copy_of(halved["fp16"], tmp_path / "export")
-    assert export(str(root / "native"), folder, precision="fp16").precision == "fp16"
-    assert export(str(root / "native"), folder).precision == "fp32"
+    assert export(str(random_checkpoints / "native"), folder, precision="fp16").precision == "fp16"
+    assert export(str(random_checkpoints / "native"), folder).precision == "fp32"
 
 
 # --- when it is made ----------------------------------------------------------------------------------------
@@ -316,17 +306,17 @@ def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_export")
-def test_done_already_it_does_nothing(root: Path, done: Path) -> None:
+def test_done_already_it_does_nothing(random_checkpoints: Path, done: Path) -> None:
     before = contents(done)
-    assert export(str(root / "native"), done) == Manifest.read(done)
+    assert export(str(random_checkpoints / "native"), done) == Manifest.read(done)
     assert contents(done) == before
 
 
 @pytest.mark.usefixtures("no_export")
-def test_other_files_in_an_export_are_no_change(root: Path, done: Path) -> None:
+def test_other_files_in_an_export_are_no_change(random_checkpoints: Path, done: Path) -> None:
     (done / "notes.txt").write_text("mine")
     (done / "notes").mkdir()
-    export(str(root / "native"), done)
+    export(str(random_checkpoints / "native"), done)
     assert (done / "notes.txt").read_text() == "mine"
 
 
@@ -373,8 +363,8 @@ def test_an_export_is_replaced_whole(native: Path, done: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_tracing")
-def test_an_empty_folder_is_no_obstacle(root: Path, tmp_path: Path) -> None:
-    export(str(root / "native"), tmp_path)
+def test_an_empty_folder_is_no_obstacle(random_checkpoints: Path, tmp_path: Path) -> None:
+    export(str(random_checkpoints / "native"), tmp_path)
     assert Manifest.read(tmp_path).parity["generations_equal"] == 6
 
 
@@ -392,7 +382,9 @@ def test_graphs_of_other_weights_are_refused_and_nothing_changes(native: Path, d
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_failure_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: Any, interruption: Any) -> None:
+def test_a_failure_leaves_nothing(
+    random_checkpoints: Path, tmp_path: Path, monkeypatch: Any, interruption: Any
+) -> None:
     def interrupted(graph: Graph, _checkpoint: Any, _sizes: Sizes, folder: Path, _precision: str) -> None:
         (folder / f"{graph.name}.onnx").write_text("half")
         if graph.name == "decoder":
@@ -400,7 +392,7 @@ def test_a_failure_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: Any, 
 
     monkeypatch.setattr(exporting, "_write_graph", interrupted)
     with pytest.raises((KeyboardInterrupt, OSError)):
-        export(str(root / "native"), tmp_path / "exports" / "native")
+        export(str(random_checkpoints / "native"), tmp_path / "exports" / "native")
     assert list((tmp_path / "exports").iterdir()) == []
 
 
@@ -418,14 +410,14 @@ def test_killed_in_the_middle_it_leaves_the_export_before(native: Path, done: Pa
 
 
 @pytest.mark.parametrize("graph", ["vision_encoder", "encoder", "decoder"])
-def test_a_changed_weight_is_found(root: Path, done: Path, graph: str) -> None:
+def test_a_changed_weight_is_found(random_checkpoints: Path, done: Path, graph: str) -> None:
     path = done / f"{graph}.onnx"
     model = onnx.load(path)
     weight = max(model.graph.initializer, key=lambda tensor: np.prod(tensor.dims))
     changed = numpy_helper.to_array(weight) * np.float32(1.1)
     weight.CopyFrom(numpy_helper.from_array(changed, weight.name))
     onnx.save(model, path)
-    checkpoint = load_checkpoint(str(root / "native"))
+    checkpoint = load_checkpoint(str(random_checkpoints / "native"))
     comparison = Comparison(checkpoint, Manifest.read(done).sizes, done)
     comparison.vision()
     comparison.text()
@@ -500,19 +492,25 @@ def test_a_checkpoint_that_is_refused(
     ],
 )
 def test_a_folder_that_is_something_else(
-    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: dict[str, str], words: list[str]
+    random_checkpoints: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    content: dict[str, str],
+    words: list[str],
 ) -> None:
     for name, text in content.items():
         (tmp_path / name).write_text(text)
-    assert cli.main(["export", str(root / "native"), "--output", str(tmp_path)]) == 1
+    assert cli.main(["export", str(random_checkpoints / "native"), "--output", str(tmp_path)]) == 1
     err = capfd.readouterr().err
     assert err.count("\n") == 1
     assert all(word in err for word in words), err
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == content
 
 
-def test_the_command_tells_what_it_made(root: Path, done: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["export", str(root / "native"), "--output", str(done)]) == 0
+def test_the_command_tells_what_it_made(
+    random_checkpoints: Path, done: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(random_checkpoints / "native"), "--output", str(done)]) == 0
     out, err = capfd.readouterr()
     assert out.startswith(f"{done}: native layout, fp32, largest difference ")
     assert out.endswith("6 of 6 generations equal to the checkpoint's\n")

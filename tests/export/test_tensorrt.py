@@ -1,6 +1,7 @@
 """Plans for TensorRT: what its parser gets, and when one is built. TensorRT itself and a GPU are stood in for."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,6 @@ import onnxruntime
 import pytest
 from conftest import ROOT
 from florence2_export import tensorrt
-from florence2_export.export import export
 from onnx import TensorProto
 
 from florence2.manifest import Manifest
@@ -22,14 +22,9 @@ OPERATORS = (ROOT / "tests" / "fixtures" / "tensorrt_operators.txt").read_text()
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exports(random_exports: Callable[[str, str], Path]) -> dict[str, Path]:
     """By precision."""
-    root = tmp_path_factory.mktemp("tensorrt")
-    make.write_native(root / "native", make.random_model(seed=3))
-    folders = {precision: root / precision for precision in ("fp32", "fp16", "int8")}
-    for precision, folder in folders.items():
-        export(str(root / "native"), folder, precision=precision)
-    return folders
+    return {precision: random_exports("native", precision) for precision in ("fp32", "fp16", "int8")}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

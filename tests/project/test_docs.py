@@ -15,7 +15,7 @@ from pathlib import Path
 
 import florence2_cli as cli
 import pytest
-from conftest import DEMO_CHECKPOINT, ROOT
+from conftest import ROOT
 from florence2_release.health import Health, serve_health
 from florence2_release.install import install
 from florence2_release.tritonserver import ServerError, find_tritonserver
@@ -94,21 +94,6 @@ def ports(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
-def exported(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    from florence2_export.export import export
-
-    folder = tmp_path_factory.mktemp("precisions")
-
-    def made(precision: str) -> Path:
-        if precision == "fp32":
-            return demo_export
-        export(str(DEMO_CHECKPOINT), folder / precision, precision=precision)
-        return folder / precision
-
-    return made
-
-
-@pytest.fixture(scope="module")
 def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A handful of the generator's pages, in ms-swift's format."""
     folder = tmp_path_factory.mktemp("stamps")
@@ -122,7 +107,7 @@ def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_page(
     page: str,
     ports: dict[str, int],
-    exported: Callable[[str], Path],
+    demo_exports: Callable[[str], Path],
     stamps: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -130,9 +115,9 @@ def test_page(
     room = Room(tmp_path, dict(ports), CUT.get(page, {}))
     for name, precision in EXPORTS.items():
         if name in text(page):
-            shutil.copytree(exported(precision), tmp_path / name)
+            shutil.copytree(demo_exports(precision), tmp_path / name)
     if page == "docs/tune.md":
-        install(exported("fp32"), tmp_path / "models")
+        install(demo_exports("fp32"), tmp_path / "models")
     for name in ("invoices", "var/stamps"):
         if name in text(page):
             shutil.copytree(stamps, tmp_path / name)

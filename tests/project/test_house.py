@@ -214,3 +214,16 @@ def test_a_module_has_a_test_of_its_name() -> None:
                 without.add(f"{room}.{name}" if room != "florence2" else f"florence2.{name}")
     assert without == set(" ".join(TESTS.values()).split())
     assert tests >= TESTS.keys()
+
+
+def test_a_proof_has_a_slice_in_ci_and_a_last_whole_run() -> None:
+    rows = re.findall(
+        r"^\| `make (\w+)` \|.*\[(.*?)\]\(.*?\) \| `(.*?)::(\w+)` \|$",
+        (ROOT / "benchmarks" / "README.md").read_text(),
+        re.M,
+    )
+    assert len(rows) > 1
+    for target, report, file, test in rows:
+        assert f"\n{target}: " in (ROOT / "Makefile").read_text()
+        assert re.search(r"; commit [0-9a-f]{7,}; \d{4}-\d\d-\d\d", (ROOT / "benchmarks" / report).read_text())
+        assert f"\ndef {test}(" in (ROOT / file).read_text()

@@ -267,6 +267,14 @@ def test_refusals(export: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "repository").exists()
 
 
+def test_the_shipped_models_are_no_repository(export: Path) -> None:
+    before = sorted(configs.shipped().rglob("*"))
+    for use in (lambda folder: install(export, folder), lambda folder: startup.prepare(Repository(folder))):
+        with pytest.raises(ValueError, match="makes repositories from; give another --repository"):
+            use(configs.shipped())
+    assert sorted(configs.shipped().rglob("*")) == before
+
+
 def test_a_manifest_that_is_not_ours(export: Path, tmp_path: Path) -> None:
     (export / "manifest.json").write_text(json.dumps({"source": "x"}))
     with pytest.raises(ValueError, match="export the checkpoint again"):

@@ -90,8 +90,8 @@ class Screen:
         return dict(zip(names, values, strict=True))
 
     def copied(self, block: str) -> str:
-        """What its copy button puts into the clipboard."""
-        self.page.click(f"#{block} button[aria-label=Copy]")
+        """What its copy button puts into the clipboard. A block that an answer folded meanwhile has none."""
+        self.page.click(f"#{block} button[aria-label=Copy]", timeout=1000)
         return self.page.evaluate("navigator.clipboard.readText()")
 
     def answer(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Screen:
 
     def says(self, error: str) -> None:
         """That it goes wrong so."""
-        sync_api.expect(self.page.locator("#status .error")).to_contain_text(error, timeout=HANGS / 6 * 1000)
+        sync_api.expect(self.page.locator("#status .error")).to_contain_text(error, timeout=HANGS * 1000)
 
     def drawn(self) -> Image.Image:
         source = self.page.get_attribute("#drawn img", "src")
@@ -120,7 +120,7 @@ class Screen:
 
 def becomes(read: Callable[[], Any], expected: Any) -> None:
     """What the page shows comes some time after the click."""
-    give_up = time.monotonic() + HANGS / 6
+    give_up = time.monotonic() + HANGS
     found = None
     while time.monotonic() < give_up:
         try:
@@ -191,7 +191,7 @@ def screen(browser: Any, url: str, requested: list[str], tmp_path_factory: pytes
         viewport={"width": 1280, "height": 800}, permissions=["clipboard-read", "clipboard-write"]
     )
     page = context.new_page()
-    page.set_default_timeout(HANGS / 6 * 1000)
+    page.set_default_timeout(HANGS * 1000)
     page.on("request", lambda request: requested.append(request.url))
     # Nor may anything go wrong that the page has no sentence for.
     page.add_locator_handler(page.locator(".toast-body.error"), lambda toast: requested.append(toast.inner_text()))
