@@ -68,6 +68,8 @@ class Room:
     folder: Path
     ports: dict[str, int]
     """Of a server, as _PORTS; one that the page starts takes its place."""
+    programs: Path
+    """Where `florence2` is."""
     cut: dict[str, str] = field(default_factory=dict)
     """What is replaced in the page's commands, to take less time."""
     output: str | None = None
@@ -142,11 +144,20 @@ class Room:
 
     def _environment(self) -> dict[str, str]:
         """With this environment's programs first, and the folder as the home."""
-        programs = [str(Path(sys.executable).parent), str(ROOT / "var" / "perf_analyzer"), os.environ["PATH"]]
+        programs = [
+            str(self.programs),
+            str(Path(sys.executable).parent),
+            str(ROOT / "var" / "perf_analyzer"),
+            os.environ["PATH"],
+        ]
         named = {"URL": "HTTP", "METRICS": "metrics", "HEALTH": "health"}
         urls = {name: f"http://localhost:{self.ports[port]}" for name, port in named.items()}
         ours = {f"FLORENCE2_{name}": url for name, url in urls.items()}
-        return os.environ | ours | {"PATH": os.pathsep.join(programs), "HOME": str(self.folder)}
+        return (
+            os.environ
+            | ours
+            | {"PATH": os.pathsep.join([*map(str, own), os.environ["PATH"]]), "HOME": str(self.folder)}
+        )
 
     @contextlib.contextmanager
     def _started(self, arguments: list[str]) -> Iterator[None]:

@@ -21,6 +21,7 @@ from florence2_release.install import install
 from florence2_release.tritonserver import ServerError, find_tritonserver
 from pages import LANGUAGES, PAGES, Block, Room, blocks, text
 from serving import serve
+from warm_commands import warm_commands
 
 NOT_RUN = {
     ("README.md", "sudo apt"): "changes the machine",
@@ -94,6 +95,12 @@ def ports(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with warm_commands(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
 def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A handful of the generator's pages, in ms-swift's format."""
     folder = tmp_path_factory.mktemp("stamps")
@@ -109,10 +116,11 @@ def test_page(
     ports: dict[str, int],
     demo_exports: Callable[[str], Path],
     stamps: Path,
+    programs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    room = Room(tmp_path, dict(ports), CUT.get(page, {}))
+    room = Room(tmp_path, dict(ports), programs, CUT.get(page, {}))
     for name, precision in EXPORTS.items():
         if name in text(page):
             shutil.copytree(demo_exports(precision), tmp_path / name)
