@@ -144,20 +144,12 @@ class Room:
 
     def _environment(self) -> dict[str, str]:
         """With this environment's programs first, and the folder as the home."""
-        programs = [
-            str(self.programs),
-            str(Path(sys.executable).parent),
-            str(ROOT / "var" / "perf_analyzer"),
-            os.environ["PATH"],
-        ]
+        folders = self.programs, Path(sys.executable).parent, ROOT / "var" / "perf_analyzer"
+        path = os.pathsep.join([*map(str, folders), os.environ["PATH"]])
         named = {"URL": "HTTP", "METRICS": "metrics", "HEALTH": "health"}
         urls = {name: f"http://localhost:{self.ports[port]}" for name, port in named.items()}
         ours = {f"FLORENCE2_{name}": url for name, url in urls.items()}
-        return (
-            os.environ
-            | ours
-            | {"PATH": os.pathsep.join([*map(str, own), os.environ["PATH"]]), "HOME": str(self.folder)}
-        )
+        return os.environ | ours | {"PATH": path, "HOME": str(self.folder)}
 
     @contextlib.contextmanager
     def _started(self, arguments: list[str]) -> Iterator[None]:
