@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from florence2.generation.beam_search import Searches
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Candidates
 from florence2.generation.request import Request
@@ -22,7 +23,7 @@ def request(
     *,
     respond: Callable[[Any], None] = lambda _: None,
     deadline: float = math.inf,
-    is_cancelled: Callable[[], bool] = lambda: False,
+    is_cancelled: Callable[[], bool] | None = None,
 ) -> Request:
     """One that the `FakeRunner` answers with START and so many times TOKEN."""
     settings = GenerationSettings(
@@ -50,10 +51,12 @@ class FakeRunner:
         self.ready += requests
         assert self.caches.hold(self.ready)
 
-    def decode(self, requests: Sequence[Request]) -> list[Candidates]:
-        assert set(requests) == set(self.ready)
-        self.decoded.append(list(requests))
-        return [self._candidates(request) for request in requests]
+    def decode(self, searches: Sequence[Searches[Request]]) -> list[Candidates]:
+        asked = [request for own in searches for request in own.requests]
+        assert len(asked) == len(self.ready)
+        assert set(asked) == set(self.ready)
+        self.decoded.append(list(self.ready))
+        return [self._candidates(own) for own in searches]
 
     def clear(self, request: Request) -> None:
         assert request in self.ready
@@ -66,6 +69,7 @@ class FakeRunner:
             self.ready.remove(request)
 
     @staticmethod
-    def _candidates(request: Request) -> Candidates:
+    def _candidates(searches: Searches[Request]) -> Candidates:
         ids, logprobs = np.array([TOKEN, 6, 7]), np.array([-0.5, -50, -60], np.float32)
-        return np.stack([ids] * request.num_beams), np.stack([logprobs] * request.num_beams)
+        beams = len(searches.requests), searches.num_beams, 1
+        return np.tile(ids, beams), np.tile(logprobs, beams)

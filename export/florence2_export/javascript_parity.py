@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.beam_search import GreedySearch
+from florence2.generation.beam_search import GreedySearches
 from florence2.generation.sessions import session
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Sizes
@@ -57,15 +57,21 @@ class GreedyRunner:
         embedded = np.concatenate([features, self._embedded(input_ids)], axis=1)
         (hidden,) = self.encoder.run(None, {"attention_mask": mask, "inputs_embeds": embedded})
         feeds = {"encoder_attention_mask": mask, "encoder_hidden_states": hidden, **self._no_past(len(input_ids))}
-        searches = [GreedySearch(settings) for _ in input_ids]
-        logits: list[list[NDArray[np.float32]]] = [[] for _ in input_ids]
-        while not all(search.finished for search in searches):
-            feeds["inputs_embeds"] = self._embedded(np.stack([search.input_ids for search in searches]))
-            for search, own, row in zip(searches, logits, self._step(feeds), strict=True):
-                if not search.finished:
-                    own.append(row)
-                    _advance(search, row)
-        return [Greedy(search.sequence, np.stack(own)) for search, own in zip(searches, logits, strict=True)]
+        rows = range(len(input_ids))
+        searches = GreedySearches[int]()
+        for row in rows:
+            searches.add(row, settings)
+        logits: list[NDArray[np.float32]] = []
+        answers: dict[int, Greedy] = {}
+        while len(answers) < len(rows):
+            feeds["inputs_embeds"] = self._embedded(searches.input_ids.astype(np.int64))
+            logits.append(self._step(feeds))
+            # Who has finished goes along: the graphs' caches have a row for each.
+            for row in np.flatnonzero(_advance(searches, logits[-1])).tolist():
+                if row not in answers:
+                    own = np.stack([step[row] for step in logits])
+                    answers[row] = Greedy(searches.result(row).token_ids.tolist(), own)
+        return [answers[row] for row in rows]
 
     def _embedded(self, input_ids: NDArray[np.int64]) -> NDArray[np.float32]:
         return self.embed.run(None, {"input_ids": input_ids})[0]
@@ -93,11 +99,12 @@ class GreedyRunner:
         return outputs["logits"][:, -1]
 
 
-def _advance(search: GreedySearch, logits: NDArray[np.float32]) -> None:
+def _advance(searches: GreedySearches, logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """-> whose answer is finished."""
     allowed = logits.copy()
-    allowed[search.banned_tokens()[0]] = -np.inf
-    best = np.array([[np.argmax(allowed)]])
-    search.advance(best, np.zeros((1, 1), np.float32))
+    allowed[searches.banned_tokens()] = -np.inf
+    best = allowed.argmax(axis=1)[:, None, None]
+    return searches.advance(best, np.zeros(best.shape, np.float32))
 
 
 def pixel_values(pixels: NDArray[np.uint8], preprocessor: dict[str, Any]) -> NDArray[np.float32]:

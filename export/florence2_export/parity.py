@@ -111,12 +111,10 @@ class Comparison:
         for step in range(steps):
             # The beams of a request change places at every step, and so do their tokens.
             tokens[:, :, :step] = tokens[:, ::-1, :step]
-            for request, own in zip(self.requests, tokens[:, :, : step + 1], strict=True):
-                request.search = cast(Any, _Forced(own))
-            candidates = runner.decode(self.requests)
-            expected = self._reference_logprobs(tokens[:, :, : step + 1], hidden, mask)
-            for (found, logprobs), reference in zip(candidates, expected, strict=True):
-                self._note("decoder", logprobs, np.take_along_axis(reference, found, axis=1))
+            so_far = tokens[:, :, : step + 1]
+            ((found, logprobs),) = runner.decode([cast(Any, _Forced(self.requests, so_far))])
+            expected = self._reference_logprobs(so_far, hidden, mask)
+            self._note("decoder", logprobs, np.take_along_axis(expected, found, axis=2))
         for request in self.requests:
             runner.release(request)
 
@@ -162,15 +160,16 @@ class Comparison:
 
 
 class _Forced:
-    """A search whose tokens, [K, length], are given, and whose beams change places at every step."""
+    """Searches whose tokens, [N, K, length], are given, and whose beams change places at every step."""
 
-    def __init__(self, tokens: NDArray[np.int64]) -> None:
-        self.input_ids = tokens[:, -1]
-        self.length = tokens.shape[1]
-        self.beam_indices = np.arange(len(tokens))[::-1]
+    def __init__(self, requests: list[Request], tokens: NDArray[np.int64]) -> None:
+        count, self.num_beams, length = tokens.shape
+        self.requests, self.input_ids = requests, tokens[:, :, -1]
+        self.lengths = np.full(count, length)
+        self.beam_indices = np.tile(np.arange(self.num_beams)[::-1], (count, 1))
 
-    def banned_tokens(self) -> list[NDArray[np.int64]]:
-        return [np.zeros(0, np.int64)] * len(self.input_ids)
+    def banned_tokens(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Image features and prompt token ids -> the answer's tokens, all requests sharing every step."""
 
+from functools import partial
 from threading import Lock, Thread
 from typing import Any
 
@@ -10,6 +11,7 @@ from florence2.backend.metric_names import COUNTERS, GAUGES, EngineFigures
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import BEAM_SEARCH, Occupancy
 from florence2.backend.tensors import (
+    ARRIVAL,
     Arrival,
     Responder,
     Tensors,
@@ -67,10 +69,11 @@ class TritonPythonModel:
         if provider == "tensorrt":
             options = encoder_options(self.sizes, limits[1], block, given["tensorrt_cache"])
         runner = GraphRunner(folder, caches, provider, threads, graphs, options)
+        self.features_type = runner.features_type
         return Engine(runner, Scheduler(runner.caches, *limits))
 
     def execute(self, requests: Any) -> list[Any]:
-        """Never waits; the engine's thread answers."""
+        """Never waits; the engine's errands answer."""
         refusals = [self.submit(request) for request in requests]
         self.tell()
         return refusals
@@ -102,12 +105,13 @@ class TritonPythonModel:
             responder(answer if isinstance(answer, Exception) else outputs(answer))
 
         return Request(
-            lasting["image_features"],
+            lasting["image_features"].astype(self.features_type, copy=False),
             lasting["input_ids"],
             settings,
             respond=respond,
             deadline=arrival.deadline(request, self.timeout),
-            is_cancelled=responder.is_cancelled,
+            # Behind an ensemble, which hands ARRIVAL on, nothing is cancelled.
+            is_cancelled=None if ARRIVAL in tensors else responder.is_cancelled,
         )
 
     def failed(self, error: Exception) -> None:
@@ -116,8 +120,8 @@ class TritonPythonModel:
 
     def tell(self) -> None:
         scheduler = self.engine.scheduler
-        waiting = len(scheduler.waiting)
-        self.occupancy.hold(waiting + len(scheduler.running), waiting, scheduler.max_waiting - waiting)
+        waiting, leaving = len(scheduler.waiting), self.engine.errands.count
+        self.occupancy.hold(waiting + len(scheduler.running) + leaving, waiting, scheduler.max_waiting - waiting)
 
     def run(self) -> None:
         """Until `finalize`, or a fault that stays."""
@@ -133,8 +137,9 @@ class TritonPythonModel:
             self.report_figures()
 
     def report_figures(self) -> None:
+        """As they are now, and one after the other."""
         with self.reporting:
-            self.metrics.try_report(self.figures())
+            self.engine.errands.add(partial(self.metrics.try_report, self.figures()))
 
     def is_ready(self) -> bool:
         return self.thread.is_alive()

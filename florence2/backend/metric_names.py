@@ -42,8 +42,8 @@ class EngineFigures:
         self._engine, self._reported = engine, Counters()
 
     def __call__(self) -> dict[str, float]:
-        now, before, scheduler = self._engine.counters, self._reported, self._engine.scheduler
-        self._reported = replace(now)
+        now, before, scheduler = replace(self._engine.counters), self._reported, self._engine.scheduler
+        self._reported = now
         steps, used = now.steps - before.steps, scheduler.rows_used
         return {
             "florence2_steps_total": now.steps,

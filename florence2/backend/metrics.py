@@ -47,11 +47,15 @@ class Metrics:
             self._failures[reason(error)] += 1
 
     def are_due(self) -> bool:
-        return time.monotonic() >= self._next
+        """If so, not again before EVERY seconds have passed."""
+        now = time.monotonic()
+        if now < self._next:
+            return False
+        self._next = now + self.EVERY
+        return True
 
     def report(self, figures: Mapping[str, float]) -> None:
         """Counters by how much there is of them in all; failed requests are counted here."""
-        self._next = time.monotonic() + self.EVERY
         with self._lock:
             found: dict[str, float] = {**figures, **self._failures}
         for name, metric in self._metrics.items():

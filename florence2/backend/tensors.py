@@ -154,5 +154,5 @@ class Responder:
         return response(answer, f"request {self.number} {self._id!r}")
 
     def is_cancelled(self) -> bool:
-        """Asks the server. Always false behind an ensemble, which passes no cancel on."""
+        """Asks the server."""
         return self._sender.is_cancelled()

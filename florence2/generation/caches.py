@@ -3,7 +3,7 @@
 No cache is touched here: the decoder graph copies what `Rows.place` tells it to.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,57 +90,78 @@ class Rows:
     """Which row of the self-attention cache holds what: R beams are always rows 0 to R - 1.
 
     Every token's keys and values get a number when they are written. A beam that continues another row's stays there if
-    it can; otherwise it takes a free row, and of the other's entries only those are copied that this doesn't hold yet.
+    it can; otherwise it takes a row that its request has left, and of the other's entries only those are copied that
+    this doesn't hold yet.
     """
 
-    def __init__(self, rows: int, columns: int) -> None:
-        # 0 is nothing known; zeros take no memory until they are written.
-        self._entries = np.zeros((rows, columns), np.int64)
+    def __init__(self, rows: int) -> None:
+        # 0 is nothing known.
+        self._entries = np.zeros((rows, 0), np.int64)
         self._written = 1
 
     def keep(self, rows: Ids, columns: int) -> None:
         """The cache was copied to new memory: only these rows came along, as the first ones, and so many columns."""
         kept = self._entries[rows, :columns]
-        self._entries = np.zeros_like(self._entries)
-        self._entries[: len(rows), :columns] = kept
+        self._entries = np.zeros((len(self._entries), columns), np.int64)
+        self._entries[: len(rows), : kept.shape[1]] = kept
 
-    def place(self, parents: Ids, lengths: Ids) -> tuple[Ids, Ids, Ids]:
-        """For every beam the row that it continues (-1 at its start) and how many tokens that holds -> the row of every
-        beam from now on, and the entries to copy, all at once: from and to, [N, 2], row and column. The next token of
-        every beam is then written to column `lengths` of its row; rows that are left over may lose their first column.
-        """
+    def place(self, requests: Ids, own: Ids, parents: Ids, lengths: Ids) -> tuple[Ids, Ids, Ids]:
+        """For every beam, [R], which request it is of (rising), a row that this had (each beam another; -1 at its
+        start), the row that it continues (-1 at its start) and how many tokens that holds -> the row of every beam from
+        now on, and the entries to copy, all at once: from and to, [N, 2], row and column. The next token of every beam
+        is then written to column `lengths` of its row; rows that are left over may lose their first column."""
         count = len(parents)
-        rows = self._stay(parents)
-        taken = np.zeros(count, np.bool_)
-        taken[rows[rows >= 0]] = True
-        free = np.flatnonzero(~taken)
-        moves: list[tuple[int, int, Ids]] = []
-        for beam in np.flatnonzero((rows < 0) & (parents >= 0)):
-            parent, length = parents[beam], lengths[beam]
-            differs = self._entries[free, :length] != self._entries[parent, :length]
-            nearest = differs.sum(axis=1).argmin()
-            rows[beam] = free[nearest]
-            moves.append((parent, free[nearest], np.flatnonzero(differs[nearest])))
-            free = np.delete(free, nearest)
-        rows[rows < 0] = free
-        moved_from = _entries_of((parent, columns) for parent, _, columns in moves)
-        moved_to = _entries_of((row, columns) for _, row, columns in moves)
-        self._entries[tuple(moved_to.T)] = self._entries[tuple(moved_from.T)]
+        rows = self._near(requests, own, parents, lengths)
+        # Those who start, and those who have come to stand behind the last row.
+        (out,) = ((rows < 0) | (rows >= count)).nonzero()
+        if len(out):
+            free = np.ones(len(self._entries), np.bool_)
+            free[rows[rows >= 0]] = False
+            (rows[out],) = free[:count].nonzero()
+        moved_from, moved_to = self._moves(parents, rows, lengths)
+        self._entries[moved_to[:, 0], moved_to[:, 1]] = self._entries[moved_from[:, 0], moved_from[:, 1]]
         self._entries[count:, 0] = 0
         self._entries[rows, lengths] = np.arange(self._written, self._written + count)
         self._written += count
         return rows, moved_from, moved_to
 
-    @staticmethod
-    def _stay(parents: Ids) -> Ids:
-        """The first beam that continues a row keeps it, if that is among the first; -1 for all others."""
-        rows = np.full(len(parents), -1)
-        continued, first = np.unique(parents, return_index=True)
-        stays = (continued >= 0) & (continued < len(parents))
-        rows[first[stays]] = continued[stays]
+    def _near(self, requests: Ids, own: Ids, parents: Ids, lengths: Ids) -> Ids:
+        """The first beam that continues a row keeps it; the others take what their request has left. -1 at the
+        start."""
+        beams = np.arange(len(parents))
+        # One more, for those who start.
+        first = np.full(len(self._entries) + 1, -1)
+        first[parents[::-1]] = beams[::-1]
+        rows = np.where(first[parents] == beams, parents, -1)
+        (forked,) = ((rows < 0) & (parents >= 0)).nonzero()
+        if len(forked):
+            # As many of a request's rows as of its beams.
+            left = own[(own >= 0) & (first[own] < 0)]
+            rows[forked] = left
+            self._bring_near(requests, parents, lengths, rows, forked)
         return rows
 
+    def _bring_near(self, requests: Ids, parents: Ids, lengths: Ids, rows: Ids, forked: Ids) -> None:
+        """Where beams of one request have several rows to choose from, each in turn takes the one that has most of
+        it. Two beams that continue the same row copy as much either way."""
+        same = requests[forked[1:]] == requests[forked[:-1]]
+        choose = same & (parents[forked[1:]] != parents[forked[:-1]])
+        for request in np.unique(requests[forked[1:][choose]]):
+            own = forked[requests[forked] == request]
+            free = rows[own]
+            for beam in own:
+                length = lengths[beam]
+                differs = self._entries[free, :length] != self._entries[parents[beam], :length]
+                nearest = differs.sum(axis=1).argmin()
+                rows[beam] = free[nearest]
+                free = np.delete(free, nearest)
 
-def _entries_of(pieces: Iterable[tuple[int, Ids]]) -> Ids:
-    found = [np.stack([np.full_like(columns, row), columns], axis=1) for row, columns in pieces]
-    return np.concatenate(found) if found else np.zeros((0, 2), np.int64)
+    def _moves(self, parents: Ids, rows: Ids, lengths: Ids) -> tuple[Ids, Ids]:
+        (moved,) = ((rows != parents) & (parents >= 0)).nonzero()
+        if not len(moved):
+            return np.zeros((0, 2), np.int64), np.zeros((0, 2), np.int64)
+        sources, targets = parents[moved], rows[moved]
+        columns = np.arange(lengths[moved].max())
+        differs = self._entries[sources, : len(columns)] != self._entries[targets, : len(columns)]
+        which, column = np.nonzero(differs & (columns < lengths[moved, None]))
+        return np.stack([sources[which], column], axis=1), np.stack([targets[which], column], axis=1)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.device_memory import Cache
+from florence2.generation.device_memory import Cache, Packed
 from florence2.generation.sessions import session
 
 if TYPE_CHECKING:
-    from onnxruntime import InferenceSession, IOBinding, OrtValue
+    from onnxruntime import InferenceSession, IOBinding
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,11 @@ class DecoderSteps:
         may_capture: bool,
     ) -> tuple[Ids, NDArray[np.float32]]:
         """Changes `past` in place, of `columns[0]` columns; reads `cross`, of `columns[1]` -> candidate ids and
-        log-probabilities [R, C]."""
+        log-probabilities [R, C], until the next step."""
         step = self._step(feeds, past, cross, columns)
         if may_capture and not self._capture(step, feeds):
             step = self._step(feeds, past, cross, columns)
-        step.run(self.session, feeds)
-        ids, logprobs = (value.numpy() for value in step.candidates)
-        return ids, logprobs
+        return step.run(self.session, feeds)
 
     def _step(
         self,
@@ -80,24 +78,20 @@ class DecoderSteps:
         return self.steps[key]
 
     def _bind(self, feeds: Mapping[str, Ids], past: Mapping[str, Cache], cross: Mapping[str, Cache]) -> "Step":
-        from onnxruntime import OrtValue
-
         binding = self.session.io_binding()
         rows, slots = len(feeds["input_ids"]), len(feeds["beam_rows"])
         for name, cache in past.items():
             cache.bind(binding, rows, input=name, output=name.replace("past_key_values", "present"))
         for name, cache in cross.items():
             cache.bind(binding, slots, input=name)
-        inputs = {name: OrtValue.ortvalue_from_numpy(value, self._device) for name, value in feeds.items()}
-        for name, value in inputs.items():
-            binding.bind_ortvalue_input(name, value)
+        inputs = Packed({name: (value.dtype, value.shape) for name, value in feeds.items()}, self._device)
         shape = (rows, self.session.get_outputs()[0].shape[1])
-        ids, logprobs = (
-            OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype), self._device) for dtype in (np.int64, np.float32)
-        )
-        binding.bind_ortvalue_output("candidate_ids", ids)
-        binding.bind_ortvalue_output("candidate_logprobs", logprobs)
-        return Step(binding, inputs, (ids, logprobs))
+        outputs = Packed({"candidate_ids": (np.int64, shape), "candidate_logprobs": (np.float32, shape)}, self._device)
+        for name in inputs.parts:
+            binding.bind_input(name, self._device, 0, *inputs.bound(name))
+        for name in outputs.parts:
+            binding.bind_output(name, self._device, 0, *outputs.bound(name))
+        return Step(binding, inputs, outputs)
 
     def _capture(self, step: "Step", feeds: Mapping[str, Ids]) -> bool:
         """A CUDA graph of shapes that come again and again. False if that failed, and there are no graphs, and no bound
@@ -127,20 +121,20 @@ class DecoderSteps:
 class Step:
     """The decoder bound for one combination of shapes: inputs that are written in place, caches, candidates."""
 
-    def __init__(
-        self, binding: "IOBinding", inputs: Mapping[str, "OrtValue"], candidates: tuple["OrtValue", "OrtValue"]
-    ) -> None:
-        self.candidates = candidates
+    def __init__(self, binding: "IOBinding", inputs: Packed, outputs: Packed) -> None:
         self.times = 0
         self.graph = -1
         """The number of its CUDA graph; ONNX Runtime takes -1 for none."""
-        self._binding, self._inputs = binding, inputs
+        self._binding, self._inputs, self._outputs = binding, inputs, outputs
 
-    def run(self, decoder: "InferenceSession", feeds: Mapping[str, Ids]) -> None:
+    def run(self, decoder: "InferenceSession", feeds: Mapping[str, Ids]) -> tuple[Ids, NDArray[np.float32]]:
         from onnxruntime import RunOptions
 
         for name, value in feeds.items():
-            self._inputs[name].update_inplace(value)
+            self._inputs.parts[name][...] = value
+        self._inputs.to_device()
         options = RunOptions()
         options.add_run_config_entry("gpu_graph_id", str(self.graph))
         decoder.run_with_iobinding(self._binding, options)
+        self._outputs.to_host()
+        return self._outputs.parts["candidate_ids"], self._outputs.parts["candidate_logprobs"]

@@ -1,5 +1,7 @@
 """Device memory of the caches, which the graphs read and change in place."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +10,10 @@ from numpy.typing import DTypeLike, NDArray
 
 if TYPE_CHECKING:
     from onnxruntime import InferenceSession, IOBinding, OrtValue
+
+
+ALIGNMENT = 256
+"""Bytes: as memory that CUDA gives."""
 
 
 def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
@@ -114,3 +120,36 @@ class Cache:
         rows = self._entries // self.columns
         used = rows * self._heads * self.columns * self._head_dim
         return self._memory.numpy()[:used].reshape(rows, self._heads, self.columns, self._head_dim)[row]
+
+
+class Packed:
+    """Small arrays in one piece of memory, on the host and on the device, so that one copy takes them all across. On
+    the CPU both are the same."""
+
+    def __init__(self, arrays: Mapping[str, tuple[DTypeLike, tuple[int, ...]]], device: str) -> None:
+        """By name the type and the shape."""
+        from onnxruntime import OrtValue
+
+        sizes = [np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays.values()]
+        starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]).tolist()
+        self._host = np.zeros(max(starts[-1], ALIGNMENT), np.uint8)
+        self._device, self._value = device, OrtValue.ortvalue_from_numpy(self._host, device)
+        self._starts = dict(zip(arrays, starts, strict=False))
+        self.parts: dict[str, NDArray[Any]] = {
+            name: self._host[start : start + size].view(dtype).reshape(shape)
+            for (name, (dtype, shape)), start, size in zip(arrays.items(), starts, sizes, strict=False)
+        }
+        """On the host."""
+
+    def bound(self, name: str) -> tuple[Any, tuple[int, ...], int]:
+        """Type, shape and address on the device, as IO binding takes them."""
+        part = self.parts[name]
+        return part.dtype, part.shape, self._value.data_ptr() + self._starts[name]
+
+    def to_device(self) -> None:
+        if self._device != "cpu":
+            self._value.update_inplace(self._host)
+
+    def to_host(self) -> None:
+        if self._device != "cpu":
+            self._host[:] = self._value.numpy()

@@ -1,10 +1,11 @@
 """In-flight beam search: every running request shares every step, each with settings of its own."""
 
-import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -12,11 +13,10 @@ from numpy.typing import NDArray
 
 from florence2.errors import Cancelled, TimeIsOver, Unavailable
 from florence2.faults import Faults, is_of_the_device
-from florence2.generation.beam_search import Generation
+from florence2.generation.beam_search import Generation, Searches, new_searches
+from florence2.generation.errands import Errands
 from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
-
-logger = logging.getLogger(__name__)
 
 ASKED_EVERY = 0.05
 """Seconds between two times that running requests are asked whether they were cancelled: each time goes to the server
@@ -31,8 +31,9 @@ class Runner(Protocol):
     def encode(self, requests: Sequence[Request]) -> None:
         """Make these ready to be decoded, together."""
 
-    def decode(self, requests: Sequence[Request]) -> list[Candidates]:
-        """One step of all that run -> per request candidate ids and log-probabilities [num_beams, C], best first."""
+    def decode(self, searches: Sequence[Searches[Request]]) -> list[Candidates]:
+        """One step of all that run -> for each of `searches` candidate ids and log-probabilities [N, K, C], best
+        first."""
 
     def clear(self, request: Request) -> None:
         """Whatever the caches hold of it must reach nobody else."""
@@ -63,9 +64,13 @@ class Engine:
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
         self.counters = Counters()
+        self.errands = Errands()
+        """Beside the steps, while the engine runs in a thread of its own."""
         self._changed = threading.Condition()
         self._closed: str | None = None
-        self._ask_next = 0.0
+        self._searches: dict[int, Searches[Request]] = {}
+        """Of all that run, by their number of beams."""
+        self._ask_next, self._next_deadline = 0.0, math.inf
         self._encoder_faults, self._decoder_faults = Faults(), Faults()
 
     def submit(self, request: Request) -> None:
@@ -75,27 +80,28 @@ class Engine:
                 raise Unavailable(self._closed)
             request.submitted = time.perf_counter()
             self.scheduler.add(request)
+            self._next_deadline = min(self._next_deadline, request.deadline)
             self._changed.notify()
 
     def step(self) -> None:
         """Who has gone makes room, who waits moves in, all that run get their next token."""
         self._give_up()
         self._encode(self._admit())
-        self._decode(list(self.scheduler.running))
+        self._decode([searches for searches in self._searches.values() if searches.requests])
 
     def _give_up(self) -> None:
         """Those whose time is over, waiting or running, and those who were cancelled while they ran."""
         now = time.monotonic()
-        ask = now >= self._ask_next
-        if ask:
+        if now >= self._next_deadline:
+            with self._changed:
+                everybody = [*self.scheduler.running, *self.scheduler.waiting]
+                self._next_deadline = min((one.deadline for one in everybody if one.deadline > now), default=math.inf)
+            for request in everybody:
+                if request.deadline <= now:
+                    self._retire(request, TimeIsOver("the request's time is over; ask for less, or allow more time"))
+        if now >= self._ask_next:
             self._ask_next = now + ASKED_EVERY
-        with self._changed:
-            running, waiting = list(self.scheduler.running), list(self.scheduler.waiting)
-        for request in (*running, *waiting):
-            if now >= request.deadline:
-                self._retire(request, TimeIsOver("the request's time is over; ask for less, or allow more time"))
-        if ask:
-            self._drop_cancelled([request for request in running if now < request.deadline])
+            self._drop_cancelled(list(self.scheduler.running))
 
     def _admit(self) -> list[Request]:
         with self._changed:
@@ -112,7 +118,8 @@ class Engine:
         for request in requests:
             reason: Exception | None
             try:
-                reason = Cancelled("the request was cancelled") if request.is_cancelled() else None
+                gone = request.is_cancelled is not None and request.is_cancelled()
+                reason = Cancelled("the request was cancelled") if gone else None
             except Exception as error:
                 reason = error
             if reason:
@@ -147,42 +154,62 @@ class Engine:
             self._fail(requests, error)
             if self._encoder_faults.failed(error):
                 raise
+            return
+        for request in requests:
+            try:
+                self._searches_with(request.num_beams).add(request, request.settings)
+            except Exception as error:
+                self._fail([request], error)
 
-    def _decode(self, running: list[Request]) -> None:
+    def _searches_with(self, num_beams: int) -> Searches[Request]:
+        if num_beams not in self._searches:
+            self._searches[num_beams] = new_searches(num_beams)
+        return self._searches[num_beams]
+
+    def _decode(self, running: list[Searches[Request]]) -> None:
         if not running:
             return
         started = time.perf_counter()
-        first = [request for request in running if request.search.length == 1]
+        first = [own.requests[index] for own in running for index in (own.lengths == 1).nonzero()[0]]
         try:
             candidates = self.runner.decode(running)
             self._decoder_faults.worked()
         except Exception as error:
             self.counters.failed_steps += 1
-            self._fail(running, error)
+            self._fail([request for searches in running for request in searches.requests], error)
             if self._decoder_faults.failed(error):
                 raise
             return
         now = time.perf_counter()
         self.counters.steps += 1
-        self.counters.tokens += len(running)
+        self.counters.tokens += sum(len(searches.requests) for searches in running)
         self.counters.decoder_seconds += now - started
         self.counters.first_tokens += len(first)
         self.counters.first_token_seconds += sum(now - request.submitted for request in first)
-        for request, found in zip(running, candidates, strict=True):
-            self._advance(request, found)
+        for searches, found in zip(running, candidates, strict=True):
+            self._advance(searches, *found)
 
-    def _advance(self, request: Request, found: Candidates) -> None:
+    def _advance(self, searches: Searches[Request], ids: NDArray[np.int64], logprobs: NDArray[np.float32]) -> None:
+        # False for what is no number, too.
+        sound = (logprobs <= 0).all(axis=(1, 2))
         try:
-            # False for what is no number, too.
-            if not (found[1] <= 0).all():
+            finished = searches.advance(ids, logprobs)
+        except Exception as error:
+            self._fail(list(searches.requests), error)
+            return
+        ended = (finished | ~sound).nonzero()[0]
+        for request, is_sound in [(searches.requests[index], sound[index]) for index in ended]:
+            self._end(searches, request, is_sound)
+
+    def _end(self, searches: Searches[Request], request: Request, is_sound: bool) -> None:
+        try:
+            if not is_sound:
                 self.runner.clear(request)
                 raise RuntimeError("the decoder gave log-probabilities that are none; nothing of them is kept")
-            request.search.advance(*found)
-            answer = request.search.result() if request.search.finished else None
+            answer = searches.result(request)
         except Exception as error:
             self._fail([request], error)
-            return
-        if answer:
+        else:
             self._retire(request, answer)
 
     def _fail(self, requests: list[Request], error: Exception) -> None:
@@ -192,28 +219,25 @@ class Engine:
     def _retire(self, request: Request, answer: Generation | Exception) -> None:
         with self._changed:
             self.scheduler.remove(request)
+        searches = self._searches.get(request.num_beams)
+        if searches and request in searches.requests:
+            searches.remove(request)
         if request.admitted is not None:
             self.counters.running_seconds += time.perf_counter() - request.admitted
         try:
             self.runner.release(request)
         finally:
-            self._deliver(request, answer)
-
-    @staticmethod
-    def _deliver(request: Request, answer: Generation | Exception) -> None:
-        try:
-            request.respond(answer)
-        except Exception:
-            logger.exception("an answer could not be delivered")
+            self.errands.add(partial(request.respond, answer))
 
     def run(self, after_step: Callable[[], None] = lambda: None) -> None:
         """Step while there is something to do, wait while there is not, until `close`. Whoever is left then is told, or
         when this raises: for a fault that stays, or of the engine's own."""
         reason = "the engine has failed"
         try:
-            while self._wait():
-                self.step()
-                after_step()
+            with self.errands:
+                while self._wait():
+                    self.step()
+                    after_step()
             reason = "the server is stopping"
         finally:
             self.close(reason)
@@ -223,7 +247,7 @@ class Engine:
                 self.scheduler.waiting.clear()
             # The runner, which may be what has failed, is left as it is.
             for request in left:
-                self._deliver(request, Unavailable(str(self._closed)))
+                self.errands.add(partial(request.respond, Unavailable(str(self._closed))))
 
     def _wait(self) -> bool:
         with self._changed:

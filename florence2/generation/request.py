@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from florence2.errors import InvalidRequest
-from florence2.generation.beam_search import Generation, Selection, start
+from florence2.generation.beam_search import Generation
 from florence2.generation.settings import GenerationSettings
 from florence2.manifest import Sizes
 
@@ -18,24 +18,21 @@ LARGEST_FEATURE = 1e4
 
 @dataclass(eq=False)
 class Request:
-    image_features: NDArray[np.float32]
-    """[N, D]"""
+    image_features: NDArray[np.floating]
+    """[N, D]; f32, or what the runner's encoder takes."""
     prompt_ids: NDArray[np.int64]
     """[S]"""
     settings: GenerationSettings
     respond: Callable[[Generation | Exception], None]
-    """Called once, by the engine's thread: the answer, or why there is none."""
+    """Called once, by the engine's errands: the answer, or why there is none."""
     deadline: float = math.inf
-    """On `time.monotonic`'s clock; past it the request is given up, waiting or running."""
-    is_cancelled: Callable[[], bool] = lambda: False
-    search: Selection = field(init=False)
+    """On `time.monotonic`'s clock; past it the request is given up, waiting or running. As it was when submitted."""
+    is_cancelled: Callable[[], bool] | None = None
+    """Asked now and then, which goes to the server and back; None where that can't happen."""
     submitted: float = field(init=False, default=0.0)
     """When the engine got it, on `time.perf_counter`'s clock."""
     admitted: float | None = field(init=False, default=None)
     """When its turn came, on the same clock."""
-
-    def __post_init__(self) -> None:
-        self.search = start(self.settings)
 
     @property
     def num_beams(self) -> int:

@@ -417,7 +417,7 @@ def test_requests_are_given_up_at_their_time_waiting_or_running(repository: Path
         scheduler = model.engine.scheduler
         for accepted in (*scheduler.running, *scheduler.waiting):
             assert before + 100 <= accepted.deadline <= time.monotonic() + 100
-            accepted.deadline = time.monotonic()
+            accepted.deadline = model.engine._next_deadline = time.monotonic()
         in_time = search_request(prepared[0], num_beams=2, max_new_tokens=3)
         submit(model, [in_time])
     for one in (running, late):
@@ -709,6 +709,14 @@ def test_a_length_penalty_is_the_number_that_was_written(
     model = load_model(repository, "beam_search")
     accepted = model.accept(search_request(prepared[0], length_penalty=penalty), Responder())
     assert accepted.settings.length_penalty == penalty
+
+
+def test_only_who_can_be_cancelled_is_asked(repository: Path, prepared: list[Tensors]) -> None:
+    """An ensemble passes no cancel on; it hands on when the request came."""
+    model, responder = load_model(repository, "beam_search"), Responder()
+    assert model.accept(search_request(prepared[0]), responder).is_cancelled == responder.is_cancelled
+    arrived = np.array([time.monotonic_ns(), 7])
+    assert model.accept(search_request({**prepared[0], "arrival": arrived}), responder).is_cancelled is None
 
 
 class Responder:

@@ -24,7 +24,7 @@ import florence2.generation.engine as engine_module
 import florence2.generation.runner as runner_module
 from florence2.errors import Cancelled, TimeIsOver, Unavailable
 from florence2.generation import decoder_steps
-from florence2.generation.beam_search import Generation, banned_tokens
+from florence2.generation.beam_search import Generation, Searches, new_searches
 from florence2.generation.caches import CacheSizes
 from florence2.generation.device_memory import Cache
 from florence2.generation.engine import Candidates, Engine, Runner
@@ -413,7 +413,7 @@ def test_random_traffic_equals_transformers(traffic: Traffic, monkeypatch: pytes
     assert min(len(past), len(cross)) > 5
     assert traffic.outcomes["Generation"] > 300
     assert min(traffic.outcomes[name] for name in ("Cancelled", "TimeIsOver", "refused")) > 0
-    assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._rows) == ([], {}, {})
+    assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._seats.requests) == ([], {}, [])
 
 
 @pytest.mark.parametrize("seed", range(11, 14))
@@ -424,11 +424,11 @@ def test_on_a_gpu_shapes_are_rounded_and_steps_captured(traffic: Traffic, monkey
     monkeypatch.setattr(traffic.runner._decoder, "graphs_left", captured)
     run, graphs = decoder_steps.Step.run, set()
 
-    def run_twice_at_first(step: Any, *args: Any) -> None:
+    def run_twice_at_first(step: Any, *args: Any) -> Any:
         if step.graph > 0 and step.graph not in graphs:
             graphs.add(step.graph)
             run(step, *args)
-        run(step, *args)
+        return run(step, *args)
 
     monkeypatch.setattr(decoder_steps.Step, "run", run_twice_at_first)
     traffic.run(requests=400)
@@ -436,10 +436,10 @@ def test_on_a_gpu_shapes_are_rounded_and_steps_captured(traffic: Traffic, monkey
     # Every combination of shapes that came a third time, with all that a step can move.
     assert len(graphs) > 8
     assert any(
-        step.graph > 0 and step._inputs["moved_from"].shape()[0] for step in traffic.runner._decoder.steps.values()
+        step.graph > 0 and len(step._inputs.parts["moved_from"]) for step in traffic.runner._decoder.steps.values()
     )
     most = traffic.runner.caches.rows
-    rows = {len(step._inputs["input_ids"].numpy()) for step in traffic.runner._decoder.steps.values()}
+    rows = {len(step._inputs.parts["input_ids"]) for step in traffic.runner._decoder.steps.values()}
     assert rows <= {1, 2, 4, 8, 16, most} | {
         traffic.runner.caches.decoder_entries // columns for columns, *_ in traffic.runner._decoder.steps
     }
@@ -454,10 +454,10 @@ def test_a_graph_that_cannot_be_captured_is_done_without(exported: Exported, mon
     monkeypatch.setattr(runner._decoder, "graphs_left", 8)
     run, before = decoder_steps.Step.run, runner._decoder.session
 
-    def fails(step: Any, *args: Any) -> None:
+    def fails(step: Any, *args: Any) -> Any:
         if step.graph > 0:
             raise RuntimeError("operation not permitted when stream is capturing")
-        run(step, *args)
+        return run(step, *args)
 
     monkeypatch.setattr(decoder_steps.Step, "run", fails)
     assert_same(generate(runner, *request, settings), expected)
@@ -510,7 +510,7 @@ def test_what_fails_hurts_nobody_later(traffic: Traffic, monkeypatch: pytest.Mon
     traffic.run(requests=300)
     assert traffic.outcomes["Generation"] > 30
     assert min(traffic.outcomes[name] for name in ("RuntimeError", "MemoryError")) > 10
-    assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._rows) == ([], {}, {})
+    assert (traffic.engine.scheduler.running, traffic.runner._slots, traffic.runner._seats.requests) == ([], {}, [])
 
 
 class Table:
@@ -525,18 +525,18 @@ class Table:
     def encode(self, requests: Sequence[Request]) -> None:
         pass
 
-    def decode(self, requests: Sequence[Request]) -> list[Candidates]:
-        return [self._candidates(request) for request in requests]
+    def decode(self, searches: Sequence[Searches[Request]]) -> list[Candidates]:
+        return [self._candidates(own) for own in searches]
 
     def release(self, request: Request) -> None:
         pass
 
-    def _candidates(self, request: Request) -> Candidates:
-        logprobs = self.logprobs[request.search.input_ids]
-        for row, tokens in zip(logprobs, request.search.banned_tokens(), strict=True):
-            row[tokens] = -np.inf
-        ids = np.argsort(-logprobs, axis=1, kind="stable")
-        return ids, np.take_along_axis(logprobs, ids, axis=1)
+    def _candidates(self, searches: Searches[Request]) -> Candidates:
+        logprobs = self.logprobs[searches.input_ids]
+        beams, tokens = searches.banned_tokens()
+        logprobs[(*np.divmod(beams, searches.num_beams), tokens)] = -np.inf
+        ids = np.argsort(-logprobs, axis=2, kind="stable")
+        return ids, np.take_along_axis(logprobs, ids, axis=2)
 
 
 def answer(table: dict[int, dict[int, float]], **asked: Any) -> Generation:
@@ -578,6 +578,19 @@ def test_the_end_wins_where_both_are_forced(num_beams: int) -> None:
     assert found.token_logprobs.tolist() == [0]
 
 
+def bans_after(sequences: list[list[int]], **asked: Any) -> list[list[int]]:
+    """Per beam, where these [K, L] were generated."""
+    beams = len(sequences)
+    searches = new_searches(beams)
+    searches.add("request", settings_of(num_beams=beams, max_new_tokens=20, **asked))
+    state = searches._state
+    for token in np.array(sequences).T[1:]:
+        searches._write(token[None], np.zeros((1, beams), np.float32))
+    assert state.sequences[0, :, : state.longest].tolist() == sequences
+    rows, tokens = searches.banned_tokens()
+    return [sorted(set(tokens[rows == beam].tolist())) for beam in range(beams)]
+
+
 @pytest.mark.parametrize(
     ("sequence", "asked", "banned"),
     [
@@ -599,12 +612,11 @@ def test_the_end_wins_where_both_are_forced(num_beams: int) -> None:
     ],
 )
 def test_banned_tokens(sequence: list[int], asked: dict[str, Any], banned: list[int]) -> None:
-    assert [tokens.tolist() for tokens in banned_tokens(np.array([sequence]), settings_of(**asked))] == [banned]
+    assert bans_after([sequence], **asked) == [banned]
 
 
 def test_bans_are_per_beam() -> None:
-    found = banned_tokens(np.array([[2, 5, 6, 5], [2, 5, 5, 6]]), settings_of(no_repeat_ngram_size=2))
-    assert [tokens.tolist() for tokens in found] == [[6], []]
+    assert bans_after([[2, 5, 6, 5], [2, 5, 5, 6]], no_repeat_ngram_size=2) == [[6], []]
 
 
 def test_a_ban_changes_the_answer() -> None:

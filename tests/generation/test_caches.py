@@ -32,20 +32,27 @@ class Simulation:
     """A cache of numbers, each written once, and the path of numbers that every beam must find in its row."""
 
     def __init__(self, rows: int, columns: int) -> None:
-        self.placement = Rows(rows, columns)
+        self.placement = Rows(rows)
+        self.placement.keep(np.zeros(0, np.int64), columns)
         self.cache = np.full((rows, columns), -7)
         self.rows = np.zeros(0, np.int64)
+        self.together: list[list[int]] = []
+        """Of each beam, those of its request."""
         self.paths: list[list[int]] = []
         self.written = 0
         self.moves = 0
 
-    def step(self, beams: list[int]) -> None:
-        """Each continues one of the step before, by its index there, or starts (-1)."""
-        parents = np.array([-1 if beam < 0 else self.rows[beam] for beam in beams])
+    def step(self, *requests: list[int]) -> None:
+        """Each beam of a request continues one that this had in the step before, by its index there, or starts (-1)."""
+        beams = [beam for request in requests for beam in request]
+        had = [beam for request in requests for beam in (request if request[0] < 0 else self.together[request[0]])]
+        own, parents = (np.array([-1 if beam < 0 else self.rows[beam] for beam in which]) for which in (had, beams))
+        numbers = np.repeat(np.arange(len(requests)), [len(request) for request in requests])
         before = [[] if beam < 0 else self.paths[beam] for beam in beams]
         lengths = np.array([len(path) for path in before])
-        self.rows, moved_from, moved_to = self.placement.place(parents, lengths)
+        self.rows, moved_from, moved_to = self.placement.place(numbers, own, parents, lengths)
         assert sorted(self.rows) == list(range(len(beams)))
+        self.together = [np.flatnonzero(numbers == number).tolist() for number in numbers]
         self._move(moved_from, moved_to)
         # A row that is left over goes along with any token, at its first column.
         self.cache[len(beams) :, 0] = -8
@@ -71,6 +78,8 @@ class Simulation:
         fresh[: len(kept), :columns] = self.cache[kept, :columns]
         self.cache = fresh
         self.placement.keep(kept, columns)
+        # Widened again, with nothing in the new columns.
+        self.placement.keep(np.arange(len(kept)), self.cache.shape[1])
         # Beams that are not kept may not be continued.
         self.rows = np.array([np.searchsorted(kept, row) if row in kept else 999 for row in self.rows])
 
@@ -88,14 +97,13 @@ def test_every_beam_finds_its_whole_path(seed: int) -> None:
         while sum(map(len, requests)) + 8 <= rows and choose.random() < 0.5:
             requests.append([-1] * choose.randint(1, 8))
         going_on = [own if own[0] < 0 else _chosen(own, choose) for own in requests]
-        beams = [beam for own in going_on for beam in own]
-        if not beams:
+        if not going_on:
             continue
         if choose.random() < 0.15:
-            continued = sorted({beam for beam in beams if beam >= 0})
-            longest = max((len(simulation.paths[beam]) for beam in continued), default=0)
-            simulation.keep(continued, choose.randint(longest, columns))
-        simulation.step(beams)
+            running = [beam for own in requests for beam in own if beam >= 0]
+            longest = max((len(simulation.paths[beam]) for beam in running), default=0)
+            simulation.keep(running, choose.randint(longest, columns))
+        simulation.step(*going_on)
         ends = np.cumsum([len(own) for own in going_on])
         requests = [list(range(end - len(own), end)) for own, end in zip(going_on, ends.tolist(), strict=True)]
     assert simulation.moves > 100
@@ -131,19 +139,24 @@ def test_beams_that_change_places_keep_their_rows() -> None:
 
 
 def test_of_a_doubled_beam_only_what_differs_is_copied() -> None:
-    placement = Rows(2, 30)
-    placement.place(np.array([-1, -1]), np.array([0, 0]))
-    rows, moved_from, moved_to = placement.place(np.array([0, 0]), np.array([1, 1]))
-    assert (rows.tolist(), moved_from.tolist(), moved_to.tolist()) == ([0, 1], [[0, 0]], [[1, 0]])
+    placement = Rows(2)
+    placement.keep(np.zeros(0, np.int64), 30)
+
+    def place(own: list[int], parents: list[int], length: int) -> tuple[list, list, list]:
+        placed = placement.place(np.zeros(2, np.int64), np.array(own), np.array(parents), np.full(2, length))
+        return tuple(array.tolist() for array in placed)
+
+    place([-1, -1], [-1, -1], 0)
+    assert place([0, 1], [0, 0], 1) == ([0, 1], [[0, 0]], [[1, 0]])
     # From here on both share the first token; what row 0 lacks of row 1 is the second.
-    rows, moved_from, moved_to = placement.place(np.array([1, 1]), np.array([2, 2]))
-    assert (rows.tolist(), moved_from.tolist(), moved_to.tolist()) == ([1, 0], [[1, 1]], [[0, 1]])
+    rows, *moves = place([0, 1], [1, 1], 2)
+    assert (rows, *moves) == ([1, 0], [[1, 1]], [[0, 1]])
     for length in range(3, 20):
-        rows, moved_from, _ = placement.place(rows, np.array([length, length]))
+        rows, moved_from, _ = place(rows, rows, length)
         assert len(moved_from) == 0
-    rows, moved_from, moved_to = placement.place(np.array([1, 1]), np.array([20, 20]))
-    assert moved_from.tolist() == [[1, column] for column in range(2, 20)]
-    assert moved_to.tolist() == [[0, column] for column in range(2, 20)]
+    _, moved_from, moved_to = place(rows, [1, 1], 20)
+    assert moved_from == [[1, column] for column in range(2, 20)]
+    assert moved_to == [[0, column] for column in range(2, 20)]
 
 
 def test_a_doubled_beam_takes_the_row_that_has_most_of_it() -> None:
@@ -160,18 +173,18 @@ def test_a_doubled_beam_takes_the_row_that_has_most_of_it() -> None:
 def test_the_last_rows_move_in_when_others_leave() -> None:
     """Beams are always the first rows, so that the caches of R beams are one piece of memory."""
     simulation = Simulation(5, 30)
-    simulation.step([-1] * 5)
-    simulation.step([0, 1, 2, 3, 4])
-    simulation.step([0, 3, 4])
+    simulation.step([-1], [-1, -1], [-1], [-1])
+    simulation.step([0], [1, 2], [3], [4])
+    simulation.step([0], [3], [4])
     assert simulation.rows.tolist() == [0, 1, 2]
     assert simulation.moves == 4
 
 
 def test_a_beam_that_starts_copies_nothing() -> None:
     simulation = Simulation(4, 30)
-    simulation.step([-1, -1, -1])
-    simulation.step([0, 1, 2])
-    simulation.step([1, -1, -1, -1])
+    simulation.step([-1], [-1], [-1])
+    simulation.step([0], [1], [2])
+    simulation.step([1], [-1, -1, -1])
     assert simulation.rows[0] == 1
     assert simulation.moves == 0
 
@@ -183,6 +196,7 @@ def test_what_was_not_kept_is_not_taken_for_there() -> None:
     simulation.step([0, 0])
     assert simulation.moves == 1
     simulation.keep([0], columns=16)
+    simulation.rows = np.array([0, 1])
     simulation.step([0, 0])
     assert simulation.moves == 3
 

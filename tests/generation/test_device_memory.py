@@ -1,10 +1,11 @@
-"""How much memory is left for the caches."""
+"""How much memory is left for the caches, and small arrays side by side."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from florence2.generation.device_memory import available_bytes
+from florence2.generation.device_memory import ALIGNMENT, Packed, available_bytes
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    8000 kB\n"
 
@@ -28,3 +29,23 @@ def test_what_is_left_of_the_container_or_the_machine(tmp_path: Path, limit: str
         stat = "anon 2000000\nfile 900000\ninactive_file 600000\nactive_file 100000\nshmem 200000\n"
         (tmp_path / "memory.stat").write_text(stat)
     assert available_bytes(tmp_path / "meminfo", tmp_path) == available
+
+
+def test_what_is_packed_is_where_it_is_bound() -> None:
+    arrays = {"ids": (np.int64, (3, 5)), "none": (np.int64, (0, 2)), "scores": (np.float32, (7,))}
+    packed = Packed(arrays, "cpu")
+    for name, (dtype, shape) in arrays.items():
+        part = packed.parts[name]
+        assert (part.dtype, part.shape) == (dtype, shape)
+        bound_type, bound_shape, address = packed.bound(name)
+        assert (bound_type, bound_shape) == (dtype, shape)
+        # numpy has no place for what is empty.
+        assert part.size == 0 or address == part.ctypes.data
+    starts = [packed.bound(name)[2] for name in arrays]
+    assert [start - starts[0] for start in starts] == [0, ALIGNMENT, ALIGNMENT]
+    packed.parts["ids"][...] = 7
+    packed.to_device()
+    packed.parts["scores"][...] = 0.5
+    packed.to_host()
+    assert (packed.parts["ids"] == 7).all()
+    assert (packed.parts["scores"] == 0.5).all()

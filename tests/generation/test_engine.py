@@ -3,7 +3,8 @@
 import math
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from fake_runner import START, TOKEN, FakeRunner, request
 import florence2.generation.engine as engine_module
 from florence2.backend.metric_names import COUNTERS, FAILED, GAUGES, EngineFigures
 from florence2.errors import Cancelled, InvalidRequest, Unavailable
+from florence2.generation import search_state
 from florence2.generation.beam_search import Generation
 from florence2.generation.caches import CacheSizes
 from florence2.generation.engine import Engine
@@ -133,8 +135,11 @@ def test_those_who_start_do_not_hold_up_those_who_run(encoder_batch: int) -> Non
     assert served.runner.encoded[1:] == [others[at : at + encoder_batch] for at in range(0, 6, encoder_batch)]
 
 
-def tokens_left(requests: Iterable[Request]) -> int:
-    return sum(one.settings.max_length - one.search.length for one in requests)
+def tokens_left(served: Served) -> int:
+    """Of all that run or wait."""
+    scheduler = served.engine.scheduler
+    done = Counter(one for batch in served.runner.decoded for one in batch if one not in served.answers)
+    return sum(one.settings.max_length - 1 - done[one] for one in (*scheduler.running, *scheduler.waiting))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +157,7 @@ def test_a_stream_of_others_starves_nobody(served: Served, stream: dict[str, Any
     for _ in range(20):
         served.ask(**stream)
     served.steps(3)
-    before = [*served.engine.scheduler.running, *served.engine.scheduler.waiting]
-    bound = tokens_left(before)
+    bound = tokens_left(served)
     asked = served.ask(**single)
     later = []
     steps = 0
@@ -171,11 +175,11 @@ def test_the_bound_holds_for_any_mixture(seed: int) -> None:
     """As above, for every single one of some hundred requests."""
     choose = random.Random(seed)
     served = Served(encoder_batch=choose.randint(1, 4))
-    scheduler, latest = served.engine.scheduler, dict[Request, int]()
+    latest = dict[Request, int]()
     seen = 0
     for step in range(400):
         for _ in range(choose.choice([0, 0, 0, 0, 0, 1, 3])):
-            bound = step + tokens_left([*scheduler.running, *scheduler.waiting])
+            bound = step + tokens_left(served)
             asked = served.ask(choose.randint(1, 6), choose.randint(1, 8), encoder_length=choose.randint(10, 128))
             latest[asked] = bound
         served.steps(1)
@@ -387,10 +391,10 @@ def test_log_probabilities_that_are_none_fail_their_request_alone(served: Served
     served.steps(1)
     decode = served.runner.decode
 
-    def wrong(requests: Any) -> Any:
-        found = decode(requests)
-        if bad in requests:
-            found[list(requests).index(bad)][1][1, 2] = value
+    def wrong(searches: Any) -> Any:
+        found = decode(searches)
+        if bad in searches[0].requests:
+            found[0][1][searches[0].requests.index(bad), 1, 2] = value
         return found
 
     served.runner.decode = wrong  # type: ignore[method-assign]
@@ -414,13 +418,40 @@ def test_a_decoder_that_fails_costs_those_of_the_step_only(served: Served) -> No
 
 
 @pytest.mark.parametrize("method", ["advance", "result"])
-def test_a_search_that_fails_costs_its_own_request_only(served: Served, method: str) -> None:
-    broken, other = served.ask(3, 2), served.ask(3, 2)
+def test_searches_that_fail_cost_their_own_requests_only(served: Served, method: str) -> None:
+    broken, other = served.ask(3, 2), served.ask(3)
     error = ZeroDivisionError("search")
-    with failing(broken.search, method, error):
+    with failing(served.engine._searches_with(2), method, error):
         served.engine.finish()
     assert served.answers[broken] is error
     assert served.tokens(other) == [START] + [TOKEN] * 3
+    served.assert_all_free()
+
+
+def test_requests_that_no_search_has_room_for_are_told(served: Served) -> None:
+    """Those who start together with them are not held up, nor entered twice."""
+    first, broken, last = served.ask(3), served.ask(3, 2), served.ask(3)
+    error = MemoryError("no room")
+    with failing(served.engine._searches_with(2), "add", error):
+        served.steps(1)
+    assert served.answers == {broken: error}
+    served.engine.finish()
+    assert served.tokens(first) == served.tokens(last) == [START] + [TOKEN] * 3
+    served.assert_all_free()
+
+
+def test_searches_that_find_no_memory_stay_as_they_were(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = served.ask(5)
+    served.steps(1)
+    longer = served.ask(9)
+    with monkeypatch.context() as patched:
+        patched.setattr(search_state.np, "full", lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))
+        served.steps(1)
+    assert str(served.answers[longer]) == "no memory"
+    other = served.ask(12)
+    served.engine.finish()
+    assert served.tokens(running) == [START] + [TOKEN] * 5
+    assert served.tokens(other) == [START] + [TOKEN] * 12
     served.assert_all_free()
 
 
@@ -489,6 +520,18 @@ def test_at_the_end_everybody_is_told(served: Served) -> None:
     }
     assert len(served.runner.decoded) == 1
     assert served.engine.is_idle
+
+
+def test_an_answer_that_is_slow_to_leave_holds_up_no_step(served: Served) -> None:
+    left, stepped = threading.Event(), threading.Event()
+    served.engine.submit(request(1, respond=lambda _: left.wait(PATIENCE)))
+    other = served.ask(5)
+    with running(lambda: served.engine.run(lambda: stepped.set() if len(served.runner.decoded) == 5 else None)):
+        assert stepped.wait(PATIENCE)
+        assert served.answers == {}
+        left.set()
+        served.engine.close()
+    assert served.tokens(other) == [START] + [TOKEN] * 5
 
 
 def test_what_was_told_at_the_first_close_counts(served: Served) -> None:
