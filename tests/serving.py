@@ -1,11 +1,13 @@
 """What tests of the real server share: start it on an export, ask it and its models, read its figures."""
 
 import json
+import os
 import re
+import signal
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,19 @@ HANGS = 60
 
 
 @contextmanager
+def running(repository: Path, **options: Any) -> Iterator[TritonServer]:
+    """A server, ready. Who is through with it does not wait until it has stopped in good order: test_server.py does."""
+    with TritonServer(repository, **options) as server:
+        server.wait_ready()
+        try:
+            yield server
+        finally:
+            if server.is_alive() and server.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(server.pid, signal.SIGKILL)
+
+
+@contextmanager
 def serve(
     export: Path,
     folder: Path,
@@ -58,8 +73,7 @@ def serve(
         path.write_text(text_format.MessageToString(config))
     startup.prepare(Repository(repository), response_cache=cache_size is not None)
     change(repository)
-    with TritonServer(repository, cache_size=cache_size) as server:
-        server.wait_ready()
+    with running(repository, cache_size=cache_size) as server:
         yield server
 
 

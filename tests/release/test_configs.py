@@ -15,7 +15,7 @@ from florence2_release.repository import Repository
 from florence2_release.server import ServerError, TritonServer
 from florence2_release.version_files import FILES, OPTIONAL
 from google.protobuf import text_format
-from serving import figures
+from serving import figures, running
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from florence2.generation import sessions
@@ -274,8 +274,7 @@ def test_a_profile_of_ones_own_is_served(repository: Path) -> None:
     shutil.copy(repository / "beam_search" / "config.pbtxt", own)
     change(own, rows="6")
     startup.prepare(Repository(repository), "small")
-    with TritonServer(repository) as server:
-        server.wait_ready()
+    with running(repository) as server:
         assert figures(server.metrics_url)["florence2_rows_free"] == 6
 
 

@@ -24,6 +24,7 @@ from florence2_release.repository import Repository
 from florence2_release.rollback import roll_back
 from florence2_release.rollout import Rollout
 from florence2_release.server import TritonServer
+from serving import running
 
 ARCHIVE = ROOT / "tests" / "fixtures" / "repository-bb97b87.tar.xz"
 PICTURES = DEMO_CHECKPOINT.parent / "pictures"
@@ -41,8 +42,7 @@ def old(tmp_path: Path) -> Path:
 @contextmanager
 def served(repository: Repository, response_cache: bool = False) -> Iterator[TritonServer]:
     startup.prepare(repository, response_cache=response_cache)
-    with TritonServer(repository.folder, cache_size=2**26 if response_cache else None) as server:
-        server.wait_ready()
+    with running(repository.folder, cache_size=2**26 if response_cache else None) as server:
         yield server
 
 

@@ -36,7 +36,7 @@ from florence2_release.rollout import Refused, Rollout
 from florence2_release.server import TritonServer
 from florence2_release.tritonserver import ServerError, find_tritonserver
 from florence2_release.watchdog import Watchdog
-from serving import HANGS, PICTURES, client, wait_until
+from serving import HANGS, PICTURES, client, running, wait_until
 
 from florence2.manifest import Manifest, sha256_of
 
@@ -105,8 +105,7 @@ def served(export: Path, folder: Path, cache_size: int | None = None) -> Iterato
     repository = Repository(folder / "repository")
     install(export, repository.folder)
     startup.prepare(repository, response_cache=cache_size is not None)
-    with TritonServer(repository.folder, cache_size=cache_size) as server:
-        server.wait_ready()
+    with running(repository.folder, cache_size=cache_size) as server:
         yield repository, server
 
 
@@ -339,14 +338,12 @@ def test_a_server_that_is_killed_comes_back_and_the_release_is_finished(
             with pytest.raises(RuntimeError, match=r"no server at .*; start it, and give the same command"):
                 released(repository, server, exports["cut"], replace(QUICK, latency_requests=1))
     assert (repository.ensembles(), repository.release(2).outcome) == (["florence2"], None)
-    with TritonServer(repository.folder) as server:
-        server.wait_ready()
-        with client(server) as asking:
-            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["whole"]
-            said: list[str] = []
-            assert released(repository, server, exports["cut"], said=said).number == 2
-            assert said[0] == "going on with release 2"
-            assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["cut"]
+    with running(repository.folder) as server, client(server) as asking:
+        assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["whole"]
+        said: list[str] = []
+        assert released(repository, server, exports["cut"], said=said).number == 2
+        assert said[0] == "going on with release 2"
+        assert asking.run(PROMPT, PICTURE).token_ids.tolist() == answers["cut"]
 
 
 def stubs_of(server: TritonServer, model: str) -> list[int]:
@@ -460,8 +457,7 @@ def test_a_new_name_that_is_refused_does_not_keep_a_server_from_starting(
         with pytest.raises(Refused):
             released(repository, server, exports["broken"], name="florence2_invoices")
         released(repository, server, exports["cut"], name="florence2_streets")
-    with TritonServer(repository.folder) as server:
-        server.wait_ready()
+    with running(repository.folder) as server:
         assert Triton(server.grpc_url).loaded()["beam_search"] == {1, 3}
 
 
@@ -518,8 +514,7 @@ def test_a_repository_that_the_server_reads_elsewhere(
     assert main(["release", str(exports["whole"]), "--repository", str(repository)]) == 0
     publish = f"mkdir -p {bucket} && cp -ru {repository}/. {bucket}"
     subprocess.run(publish, shell=True, check=True)
-    with TritonServer(bucket) as server:
-        server.wait_ready()
+    with running(bucket) as server:
         options = ["--repository", str(repository), "--url", server.grpc_url, "--publish", publish]
         gate = tmp_path / "gate.yaml"
         gate.write_text("latency_requests: 0\nwatch_seconds: 0\n")
@@ -555,8 +550,7 @@ def test_the_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe.write_text(f"model: {DEMO_CHECKPOINT}\noutput_dir: {tmp_path}/run\ntrain: [{{data: {data}}}]\n")
     assert main(["train", str(recipe), *settings]) == 0
     picture = data.parent / sample["images"][0]
-    with TritonServer(repository) as server:
-        server.wait_ready()
+    with running(repository) as server:
         options = ["--repository", str(repository), "--url", server.grpc_url]
         gate = tmp_path / "gate.yaml"
         gate.write_text(f"data: {data}\nlatency_requests: 2\nlatency_ratio: 100\nwatch_seconds: 0\n")

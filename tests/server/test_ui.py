@@ -26,7 +26,7 @@ from florence2_client import Florence2Client, Instances, Result
 from florence2_release.server import TritonServer
 from florence2_release.tritonserver import ServerError, find_tritonserver
 from PIL import Image
-from serving import HANGS, counts, serve
+from serving import HANGS, counts, running, serve
 
 from florence2.images import decode
 from florence2.tasks import TASKS
@@ -406,8 +406,7 @@ def test_the_page_outlives_its_server(screen: Screen, client: Florence2Client, s
     screen.ask()
     screen.says("is the server running there?")
     ports = {"http_port": server.http_port, "grpc_port": server.grpc_port}
-    with TritonServer(server.repository, **ports) as again:
-        again.wait_ready()
+    with running(server.repository, **ports):
 
         def asked_again() -> dict[str, Any]:
             if not screen.page.is_visible("#status .facts"):
