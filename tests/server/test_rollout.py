@@ -533,7 +533,7 @@ def test_a_repository_that_the_server_reads_elsewhere(
     assert capsys.readouterr().out == "removed release 2 of florence2\n"
 
 
-def test_the_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_circle(demo_export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fine-tune, release the run, ask for the new class, roll back."""
     from florence2_demo.stamps import write_all
 
@@ -543,7 +543,7 @@ def test_the_circle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "stamps" / "one.jsonl"
     data.write_text(json.dumps(sample) + "\n")
     repository = tmp_path / "repository"
-    assert main(["release", str(DEMO_CHECKPOINT), "--repository", str(repository)]) == 0
+    assert main(["release", str(demo_export), "--repository", str(repository)]) == 0
     settings = ["max_steps=100", "learning_rate=5e-3", "lora.r=8", "lora.dropout=0", "dataloader_num_workers=0"]
     settings += ["no_repeat_ngram_size=0", "save_steps=100", "warmup_ratio=0"]
     recipe = tmp_path / "recipe.yaml"
