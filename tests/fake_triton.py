@@ -221,6 +221,8 @@ def load_model(repository: Path, name: str, version: int = 1, **parameters: Any)
             "model_name": name,
             "model_repository": str(repository / name),
             "model_version": str(version),
+            "model_instance_name": f"{name}_0_0",
+            "model_instance_device_id": "0",
             "model_config": json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True)),
         }
     )

@@ -137,11 +137,23 @@ def transformers_answers(server: TritonServer, questions: Sequence[Question]) ->
 
 
 def figures(metrics_url: str) -> dict[str, float]:
-    """florence2_* of version 1 of beam_search."""
+    """florence2_* of version 1 of beam_search, of all its instances together."""
+    found: dict[str, float] = {}
+    for name, _, value in _figures(metrics_url):
+        found[name] = found.get(name, 0) + value
+    return found
+
+
+def figures_by_instance(metrics_url: str, name: str) -> dict[str, float]:
+    return {instance: value for one, instance, value in _figures(metrics_url) if one == name}
+
+
+def _figures(metrics_url: str) -> Iterator[tuple[str, str, float]]:
     with urllib.request.urlopen(metrics_url, timeout=HANGS) as response:
         text = response.read().decode()
-    labels = r'\{model="beam_search",version="1"\}'
-    return {name: float(value) for name, value in re.findall(rf"^(florence2_\w+){labels} (\S+)$", text, re.MULTILINE)}
+    labels = r'\{instance="(beam_search_[\d_]+)",model="beam_search",version="1"\}'
+    for name, instance, value in re.findall(rf"^(florence2_\w+){labels} (\S+)$", text, re.MULTILINE):
+        yield name, instance, float(value)
 
 
 def counts(server: TritonServer, model: str) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """What is asked: the model's tasks as methods, for the client that waits and the one that is awaited."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack
 
@@ -176,9 +177,11 @@ def tensors(prompt: str, data: bytes, region: Sequence[float] | None, settings: 
         prompt += to_text(region, size)
     made = {"image": tensor("BYTES", np.object_, data), "prompt": tensor("BYTES", np.object_, prompt.encode())}
     for name, (datatype, dtype) in _OPTIONS.items():
-        value = settings.get(name)
+        value: Any = settings.get(name)
         if value is not None:
             try:
+                if dtype is np.int32 and not -(2**31) <= operator.index(value) < 2**31:
+                    raise ValueError("it must fit into 32 bits")
                 made[name] = tensor(datatype, dtype, value)
             except (TypeError, ValueError, OverflowError) as error:
                 raise ValueError(f"{name}={value!r}: {error}") from None

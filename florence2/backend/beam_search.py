@@ -15,8 +15,10 @@ from florence2.backend.tensors import (
     Arrival,
     Responder,
     Tensors,
+    amount,
     at_least,
     copies,
+    device_id,
     parameters,
     version_folder,
     views,
@@ -46,8 +48,8 @@ class TritonPythonModel:
         settings = GenerationSettings.from_config(config, positions)
         check_tokens(config, self.sizes.vocab_size, "generation_config.json: ")
         self.settings = settings.within(at_least(1, given, "max_beams"), at_least(0, given, "max_new_tokens"))
-        self.timeout = float(given["timeout_seconds"])
-        self.engine = self._engine(folder, given)
+        self.timeout = amount(given, "timeout_seconds")
+        self.engine = self._engine(folder, given, device_id(args))
         pb_utils.Logger.log_info(f"{self.name}: {self.engine.scheduler.caches}")
         self.metrics, self.figures = Metrics(args, COUNTERS, GAUGES), EngineFigures(self.engine)
         self.metrics.report(self.figures())
@@ -57,18 +59,19 @@ class TritonPythonModel:
         self.thread = Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
-    def _engine(self, folder: Any, given: dict[str, str]) -> Engine:
+    def _engine(self, folder: Any, given: dict[str, str], device: int) -> Engine:
         rows, length = at_least(1, given, "rows"), at_least(1, given, "cache_length")
         if rows < self.settings.num_beams:
             raise ValueError(f"rows is {rows} in config.pbtxt; the checkpoint's num_beams is {self.settings.num_beams}")
         block = at_least(1, given, "cache_block")
         caches = CacheSizes.of(self.sizes, rows, length, at_least(1, given, "requests"), block)
         limits = [at_least(1, given, name) for name in ("max_waiting", "encoder_batch")]
-        provider, threads, graphs = given["execution_provider"], int(given["threads"]), int(given["cuda_graphs"])
+        provider = given["execution_provider"]
+        threads, graphs = at_least(0, given, "threads"), at_least(0, given, "cuda_graphs")
         options = None
         if provider == "tensorrt":
             options = encoder_options(self.sizes, limits[1], block, given["tensorrt_cache"])
-        runner = GraphRunner(folder, caches, provider, threads, graphs, options)
+        runner = GraphRunner(folder, caches, provider, threads, graphs, options, device)
         self.features_type = runner.features_type
         return Engine(runner, Scheduler(runner.caches, *limits))
 

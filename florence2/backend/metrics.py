@@ -10,9 +10,12 @@ import triton_python_backend_utils as pb_utils
 from florence2.backend.metric_names import FAILED
 from florence2.backend.tensors import REASONS, reason
 
+LABELS = {"model": "name", "version": "version", "instance": "instance_name"}
+"""By the name of the label, what Triton calls it."""
+
 
 class Metrics:
-    """Labelled with model and version; florence2_failed_requests_total with the reason too."""
+    """Labelled with model, version and instance; florence2_failed_requests_total with the reason too."""
 
     EVERY = 0.25
     """Seconds between two reports: every figure goes to the server and back."""
@@ -25,7 +28,8 @@ class Metrics:
         # The families must live as long as their metrics.
         self._families: dict[str, Any] = {}
         self._metrics: dict[str, Any] = {}
-        labels = {"model": args["model_name"], "version": args["model_version"]}
+        # Instances of a model are processes, each with figures of its own.
+        labels = {name: args[f"model_{key}"] for name, key in LABELS.items()}
         kinds = ((counters, pb_utils.MetricFamily.COUNTER), (gauges, pb_utils.MetricFamily.GAUGE))
         try:
             for names, kind in kinds:

@@ -65,6 +65,8 @@ class TritonPythonModel:
         most, count = self.sizes.max_position_embeddings, len(tensors["token_ids"])
         if not 1 <= count <= most:
             raise InvalidRequest(f"token_ids must be 1 to {most} tokens, not {count}")
+        if not ((tensors["token_ids"] >= 0) & (tensors["token_ids"] < self.sizes.vocab_size)).all():
+            raise InvalidRequest(f"token_ids must be from 0 to {self.sizes.vocab_size - 1}")
         if len(tensors["token_logprobs"]) != count - 1:
             raise InvalidRequest(f"token_logprobs must be {count - 1} beside {count} token_ids")
         if not (tensors["token_logprobs"] <= 0).all():

@@ -12,7 +12,7 @@ from florence2.backend.admission import Admission
 from florence2.backend.metric_names import WORKER_COUNTERS
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import PREPROCESS, Occupancy
-from florence2.backend.tensors import ARRIVAL, Arrival, Tensors, at_least, parameters, version_folder
+from florence2.backend.tensors import ARRIVAL, Arrival, Tensors, amount, at_least, parameters, version_folder
 from florence2.backend.worker import Worker
 from florence2.generation.sessions import available_cores
 from florence2.images import Limits, Resizer, check_bytes, decode, quiet_pil
@@ -25,11 +25,11 @@ class TritonPythonModel:
     def initialize(self, args: Any) -> None:
         quiet_pil()
         folder, given = version_folder(args), parameters(args)
-        self.limits = Limits(float(given["max_megapixels"]), float(given["max_megabytes"]))
+        self.limits = Limits(amount(given, "max_megapixels"), amount(given, "max_megabytes"))
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
         self.sizes = ModelSettings.read(folder).sizes
         self.prompts = PromptEncoder(read_tokenizer(folder / "tokenizer.json"), self.sizes)
-        self.budget = Budget(int(float(given["megapixels_at_once"]) * 1e6))
+        self.budget = Budget(int(amount(given, "megapixels_at_once") * 1e6))
         self.numbers, self.last_error = itertools.count(1), 0
         self.is_cached = given["response_cache"] == "true"
         self.occupancy = occupancy = Occupancy(PREPROCESS)

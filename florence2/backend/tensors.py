@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # Triton puts this module on the path of its Python stubs; tests put a fake there.
 import triton_python_backend_utils as pb_utils
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from florence2.errors import Cancelled, InvalidRequest, TimeIsOver, Unavailable
 
 Tensors = Mapping[str, NDArray[Any]]
+N = TypeVar("N", int, float)
 
 ARRIVAL = "arrival"
 """The tensor, INT64 [2], that preprocess hands on: when the request came, in nanoseconds of CLOCK_MONOTONIC, which all
@@ -44,11 +45,30 @@ def parameters(args: Mapping[str, str]) -> dict[str, str]:
     return {name: value["string_value"] for name, value in config.get("parameters", {}).items()}
 
 
+def device_id(args: Mapping[str, str]) -> int:
+    """Of the instance's own GPU, as `instance_group` says."""
+    return int(args["model_instance_device_id"])
+
+
 def at_least(least: int, given: Mapping[str, str], name: str) -> int:
     """A parameter that counts something. Raises ValueError."""
-    if int(given[name]) < least:
-        raise ValueError(f"{name} is {given[name]} in config.pbtxt; it must be {least} or more")
-    return int(given[name])
+    return _checked(int, "a whole number", least, given, name)
+
+
+def amount(given: Mapping[str, str], name: str) -> float:
+    """A parameter that measures something, 0 or more. Raises ValueError."""
+    return _checked(float, "a number", 0, given, name)
+
+
+def _checked(kind: type[N], what: str, least: int, given: Mapping[str, str], name: str) -> N:
+    try:
+        value = kind(given[name])
+    except ValueError:
+        value = kind(-1)
+    # What is no number is not more either.
+    if not value >= least:
+        raise ValueError(f"{name} is {given[name]} in config.pbtxt; it must be {what}, {least} or more")
+    return value
 
 
 class Inputs(dict[str, NDArray[Any]]):

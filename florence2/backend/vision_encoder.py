@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 from florence2.backend.metric_names import WORKER_COUNTERS
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import VISION_ENCODER, Occupancy
-from florence2.backend.tensors import Arrival, Tensors, at_least, parameters, version_folder
+from florence2.backend.tensors import Arrival, Tensors, at_least, device_id, parameters, version_folder
 from florence2.backend.worker import Worker
 from florence2.errors import InvalidRequest, Unavailable
 from florence2.faults import Faults, end_process
@@ -24,10 +24,11 @@ class TritonPythonModel:
         given = parameters(args)
         graph = version_folder(args) / "vision_encoder.onnx"
         self.name = f"{args['model_name']} {args['model_version']}"
-        self.graph = session(graph, given["execution_provider"], int(given["threads"]))
+        provider, threads = given["execution_provider"], at_least(0, given, "threads")
+        self.graph = session(graph, provider, threads, device_id=device_id(args))
         self.shape = tuple(self.graph.get_inputs()[0].shape[1:])
         self.faults = Faults()
-        self.kept = int(given["recent_pictures"])
+        self.kept = at_least(0, given, "recent_pictures")
         self.recent: OrderedDict[Any, Future[np.ndarray]] = OrderedDict()
         self.lock = Lock()
         metrics, occupancy = Metrics(args, WORKER_COUNTERS, {}), Occupancy(VISION_ENCODER)

@@ -1,5 +1,6 @@
 """Threads that answer requests, one after the other each."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -13,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 from florence2.backend.metric_names import TIMES
 from florence2.backend.metrics import Metrics
 from florence2.backend.occupancy import Occupancy
-from florence2.backend.tensors import Arrival, Responder, Tensors, at_least, copies, views
+from florence2.backend.tensors import Arrival, Responder, Tensors, amount, at_least, copies, views
 from florence2.errors import TimeIsOver, Unavailable
 
 MEGA = 1e6
@@ -55,9 +56,10 @@ class Worker:
         self._answer, self._check = answer, check
         self._metrics, self._occupancy = metrics, occupancy
         self._figures, self._counting = dict.fromkeys(TIMES, 0.0), Lock()
-        self._timeout = float(given["timeout_seconds"])
+        self._timeout = amount(given, "timeout_seconds")
         self._most = at_least(1, given, "max_waiting")
-        self._most_bytes = float(given.get("max_waiting_megabytes", "inf")) * MEGA
+        bounded = "max_waiting_megabytes" in given
+        self._most_bytes = amount(given, "max_waiting_megabytes") * MEGA if bounded else math.inf
         self._waiting: deque[Item] = deque()
         self._here: set[Item] = set()
         """Those that wait, and those that are being answered."""

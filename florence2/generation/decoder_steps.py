@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.device_memory import Cache, Packed
+from florence2.generation.device_memory import Cache, Device, Packed
 from florence2.generation.sessions import session
 
 if TYPE_CHECKING:
@@ -27,20 +27,20 @@ STEPS = 256
 class DecoderSteps:
     """One session, and a Step for each combination of shapes."""
 
-    def __init__(self, graph: Path, device: str, threads: int, cuda_graphs: int) -> None:
+    def __init__(self, graph: Path, device: Device, threads: int, cuda_graphs: int) -> None:
         """`cuda_graphs`: how many are captured at most. Raises ValueError if they are STEPS or more."""
         if cuda_graphs >= STEPS:
             raise ValueError(f"cuda_graphs is {cuda_graphs}; at most {STEPS - 1} are kept")
         self._device = device
-        self._without_graphs = partial(session, graph, device, threads)
+        self._without_graphs = partial(session, graph, device.kind, threads, device_id=device.id)
         self.session, self.graphs_left = self._open(graph, threads, cuda_graphs)
         self.steps: dict[tuple, Step] = {}
 
     def _open(self, graph: Path, threads: int, cuda_graphs: int) -> tuple["InferenceSession", int]:
         """And how many CUDA graphs it can capture."""
-        if self._device == "cuda" and cuda_graphs:
+        if self._device.kind == "cuda" and cuda_graphs:
             try:
-                return session(graph, self._device, threads, {"enable_cuda_graph": "1"}), cuda_graphs
+                return self._without_graphs(options={"enable_cuda_graph": "1"}), cuda_graphs
             except Exception as error:
                 # They are for speed alone: whoever serves should know, and go on.
                 logger.warning("no CUDA graphs: %s", error)
@@ -88,9 +88,9 @@ class DecoderSteps:
         shape = (rows, self.session.get_outputs()[0].shape[1])
         outputs = Packed({"candidate_ids": (np.int64, shape), "candidate_logprobs": (np.float32, shape)}, self._device)
         for name in inputs.parts:
-            binding.bind_input(name, self._device, 0, *inputs.bound(name))
+            binding.bind_input(name, *self._device, *inputs.bound(name))
         for name in outputs.parts:
-            binding.bind_output(name, self._device, 0, *outputs.bound(name))
+            binding.bind_output(name, *self._device, *outputs.bound(name))
         return Step(binding, inputs, outputs)
 
     def _capture(self, step: "Step", feeds: Mapping[str, Ids]) -> bool:

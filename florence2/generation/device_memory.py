@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -28,6 +28,14 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("
         return available
 
 
+class Device(NamedTuple):
+    """As ONNX Runtime names it."""
+
+    kind: str
+    """"cpu" or "cuda"."""
+    id: int = 0
+
+
 class Cache:
     """One layer's keys or values: room for so many entries, seen as [rows, heads, columns, head_dim].
 
@@ -37,7 +45,7 @@ class Cache:
     """
 
     def __init__(
-        self, entries: int, heads: int, head_dim: int, dtype: DTypeLike, device: str, relayout: "InferenceSession"
+        self, entries: int, heads: int, head_dim: int, dtype: DTypeLike, device: Device, relayout: "InferenceSession"
     ) -> None:
         """`relayout`: the session of relayout.onnx, on the same device."""
         from onnxruntime import OrtValue
@@ -48,7 +56,7 @@ class Cache:
         self.columns = 0
         # Zeros, because a masked entry still meets a weight of 0, and 0 times NaN is NaN. Whatever is left of other
         # requests later is finite.
-        self._memory = OrtValue.ortvalue_from_numpy(np.zeros(entries * heads * head_dim, self._dtype), device)
+        self._memory = OrtValue.ortvalue_from_numpy(np.zeros(entries * heads * head_dim, self._dtype), *device)
 
     def reshape(self, rows: NDArray[np.int64], columns: int) -> None:
         """To other `columns`; of what was there, `rows` are kept, as the first rows. Columns that are new hold
@@ -67,7 +75,7 @@ class Cache:
         from onnxruntime import OrtValue
 
         zeros = OrtValue.ortvalue_from_numpy(
-            np.zeros((1, self._heads, self.columns, self._head_dim), self._dtype), self._device
+            np.zeros((1, self._heads, self.columns, self._head_dim), self._dtype), *self._device
         )
         address = self._address(row)
         self._run(1, self.columns, zeros.data_ptr(), np.zeros(1, np.int64), np.arange(self.columns), address)
@@ -86,18 +94,18 @@ class Cache:
 
         binding = self._relayout.io_binding()
         shape = (count, self._heads, columns, self._head_dim)
-        binding.bind_input("cache", self._device, 0, self._dtype, shape, pointer)
+        binding.bind_input("cache", *self._device, self._dtype, shape, pointer)
         binding.bind_cpu_input("rows", rows)
         binding.bind_cpu_input("columns", kept)
         if target is None:
-            binding.bind_output("relaid", self._device)
+            binding.bind_output("relaid", *self._device)
         else:
             shape = (len(rows), self._heads, len(kept), self._head_dim)
-            binding.bind_output("relaid", self._device, 0, self._dtype, shape, target)
+            binding.bind_output("relaid", *self._device, self._dtype, shape, target)
         options = RunOptions()
-        if self._device != "cpu":
+        if self._device.kind != "cpu":
             # Copies of many sizes would each leave a piece of memory of that size behind.
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self._device.id}")
         self._relayout.run_with_iobinding(binding, options)
         return binding.get_outputs()[0]
 
@@ -108,9 +116,9 @@ class Cache:
             raise IndexError(f"rows {first} to {first + rows} of {self.columns} columns end behind the cache")
         pointer = self._address(first)
         if input:
-            binding.bind_input(input, self._device, 0, self._dtype, shape, pointer)
+            binding.bind_input(input, *self._device, self._dtype, shape, pointer)
         if output:
-            binding.bind_output(output, self._device, 0, self._dtype, shape, pointer)
+            binding.bind_output(output, *self._device, self._dtype, shape, pointer)
 
     def _address(self, row: int) -> int:
         return self._memory.data_ptr() + row * self._heads * self.columns * self._head_dim * self._dtype.itemsize
@@ -126,14 +134,14 @@ class Packed:
     """Small arrays in one piece of memory, on the host and on the device, so that one copy takes them all across. On
     the CPU both are the same."""
 
-    def __init__(self, arrays: Mapping[str, tuple[DTypeLike, tuple[int, ...]]], device: str) -> None:
+    def __init__(self, arrays: Mapping[str, tuple[DTypeLike, tuple[int, ...]]], device: Device) -> None:
         """By name the type and the shape."""
         from onnxruntime import OrtValue
 
         sizes = [np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in arrays.values()]
         starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)]).tolist()
         self._host = np.zeros(max(starts[-1], ALIGNMENT), np.uint8)
-        self._device, self._value = device, OrtValue.ortvalue_from_numpy(self._host, device)
+        self._device, self._value = device, OrtValue.ortvalue_from_numpy(self._host, *device)
         self._starts = dict(zip(arrays, starts, strict=False))
         self.parts: dict[str, NDArray[Any]] = {
             name: self._host[start : start + size].view(dtype).reshape(shape)
@@ -147,9 +155,9 @@ class Packed:
         return part.dtype, part.shape, self._value.data_ptr() + self._starts[name]
 
     def to_device(self) -> None:
-        if self._device != "cpu":
+        if self._device.kind != "cpu":
             self._value.update_inplace(self._host)
 
     def to_host(self) -> None:
-        if self._device != "cpu":
+        if self._device.kind != "cpu":
             self._host[:] = self._value.numpy()

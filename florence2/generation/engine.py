@@ -197,8 +197,9 @@ class Engine:
         except Exception as error:
             self._fail(list(searches.requests), error)
             return
-        ended = (finished | ~sound).nonzero()[0]
-        for request, is_sound in [(searches.requests[index], sound[index]) for index in ended]:
+        ended = [(searches.requests[index], sound[index]) for index in (finished | ~sound).nonzero()[0]]
+        # Searches stand in any order.
+        for request, is_sound in sorted(ended, key=lambda pair: pair[0].submitted):
             self._end(searches, request, is_sound)
 
     def _end(self, searches: Searches[Request], request: Request, is_sound: bool) -> None:

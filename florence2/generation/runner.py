@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from florence2.generation.beam_search import Searches
 from florence2.generation.caches import CacheSizes, Rows, fitted
 from florence2.generation.decoder_steps import DecoderSteps
-from florence2.generation.device_memory import Cache, available_bytes
+from florence2.generation.device_memory import Cache, Device, available_bytes
 from florence2.generation.request import Request
 from florence2.generation.seats import Seats
 from florence2.generation.sessions import Options, session
@@ -41,15 +41,16 @@ class GraphRunner:
         threads: int = 0,
         cuda_graphs: int = 0,
         encoder_options: Options | None = None,
+        device_id: int = 0,
     ) -> None:
         """`provider`: as in `sessions.PROVIDERS`. TensorRT runs the encoder, with `encoder_options`; the decoder's
-        caches that change in place are CUDA's. `cuda_graphs`: how many are captured at most. Raises ValueError if they
-        are STEPS or more, and for caches that don't fit."""
-        self._device = "cpu" if provider == "cpu" else "cuda"
-        self._rounds = self._device != "cpu"
-        self._encoder = session(folder / "encoder.onnx", provider, threads, encoder_options)
+        caches that change in place are CUDA's. `cuda_graphs`: how many are captured at most; `device_id`: on which GPU.
+        Raises ValueError if graphs are STEPS or more, and for caches that don't fit."""
+        self._device = Device("cpu") if provider == "cpu" else Device("cuda", device_id)
+        self._rounds = self._device.kind != "cpu"
+        self._encoder = session(folder / "encoder.onnx", provider, threads, encoder_options, device_id)
         self._decoder = DecoderSteps(folder / "decoder.onnx", self._device, threads, cuda_graphs)
-        self._relayout = session(folder / "relayout.onnx", self._device, threads)
+        self._relayout = session(folder / "relayout.onnx", self._device.kind, threads, device_id=device_id)
         self._encoding = self._encoder.io_binding()
         self.features_type = TYPES[self._encoder.get_inputs()[0].type]
         """What the encoder's graph takes; whoever asks in that type spares the engine's thread the conversion."""
@@ -58,7 +59,7 @@ class GraphRunner:
         past = next(found for found in self._decoder.session.get_inputs() if found.name.startswith("past_key_values."))
         self.caches = caches = replace(caches, itemsize=np.dtype(TYPES[past.type]).itemsize)
         # What a GPU has left only the allocation itself tells.
-        if self._device == "cpu" and caches.bytes > (available := available_bytes()):
+        if self._device.kind == "cpu" and caches.bytes > (available := available_bytes()):
             raise ValueError(
                 f"{caches} don't fit: {available / 1e6:.0f} MB are free beside the graphs; lower rows or cache_length "
                 "of beam_search"

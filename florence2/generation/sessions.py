@@ -31,9 +31,11 @@ PROVIDERS: dict[str, tuple[tuple[str, Options], ...]] = {
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def session(path: Path, provider: str = "cpu", threads: int = 0, options: Options | None = None) -> "InferenceSession":
-    """`threads` 0 takes every core this process may use; `options` are the first execution provider's. Raises
-    ValueError where that isn't to be had: ONNX Runtime would go on without it, and without a word."""
+def session(
+    path: Path, provider: str = "cpu", threads: int = 0, options: Options | None = None, device_id: int = 0
+) -> "InferenceSession":
+    """`threads` 0 takes every core this process may use; `options` are the first execution provider's; `device_id` is
+    the GPU's. Raises ValueError where that isn't to be had: ONNX Runtime would go on without it, and without a word."""
     # Imported here: what reads token ids and settings only must not need ONNX Runtime.
     import onnxruntime
 
@@ -46,7 +48,9 @@ def session(path: Path, provider: str = "cpu", threads: int = 0, options: Option
     settings.intra_op_num_threads = threads or available_cores()
     # Triton runs several sessions on the same cores; threads that spin while idle would slow the others down.
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers = [(first, {**own, **(options or {})}), *((name, dict(given)) for name, given in others)]
+    device = {} if provider == "cpu" else {"device_id": str(device_id)}
+    rest = [(name, {**given, **device}) for name, given in others]
+    providers = [(first, {**own, **(options or {}), **device}), *rest]
     # Its own fallback would try again on the CPU, and hide why.
     made = onnxruntime.InferenceSession(str(path), settings, providers=providers, enable_fallback=0)
     if first not in made.get_providers():

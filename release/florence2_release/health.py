@@ -39,6 +39,8 @@ class Health:
     def _look(self) -> str:
         if not self._server.is_alive():
             return "the server is being started"
+        if self._server.has_crashed():
+            return "the server has crashed"
         trouble = ""
         # Twice: what was live at first may be retired when it is asked for, and what took its place is there.
         for _ in range(2):
@@ -79,8 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
     trouble: Callable[[], str]
     timeout = 10
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
-        if self.path != "/ready":
+        if self.path.partition("?")[0] != "/ready":
             self._answer(404, "there is /ready")
         elif trouble := self.trouble():
             self._answer(503, trouble)
@@ -93,7 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/plain; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Probes come every few seconds."""

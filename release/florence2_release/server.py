@@ -24,7 +24,7 @@ from types import TracebackType
 from florence2.backend.occupancy import SHM_PREFIX
 from florence2_release import reaper
 from florence2_release.configs import parsed
-from florence2_release.log import failure, loading
+from florence2_release.log import crashed, failure, loading
 from florence2_release.ports import bind, ipv4
 from florence2_release.tritonserver import (
     Installation,
@@ -263,11 +263,16 @@ class TritonServer:
             reaper.kill_group(self.pid)
             reaper.clean(self._job)
 
-    def log_text(self) -> str:
+    def log_text(self, last: int | None = None) -> str:
+        """All of it, or the `last` bytes."""
         if self._log_fd is None:
             return ""
         size = os.fstat(self._log_fd).st_size
-        return os.pread(self._log_fd, size, 0).decode(errors="replace")
+        return os.pread(self._log_fd, size, max(0, size - (last or size))).decode(errors="replace")
+
+    def has_crashed(self) -> bool:
+        """As its log says; its endpoints may say otherwise, and its process may be there for ever."""
+        return crashed(self.log_text(last=2**16))
 
     def log_tail(self, lines: int = 20) -> str:
         return "\n".join(self.log_text().splitlines()[-lines:])

@@ -25,10 +25,11 @@ def prepare(
         repository.check_profile(profile)
     if not repository.ensembles():
         return
-    changes = profile not in (None, repository.profile)
+    changes = profile not in (None, repository.profile) or response_cache != repository.response_cache
     engine_cache = engine_cache and engine_cache.absolute()
     if not os.access(repository.folder, os.W_OK):
-        _check_read_only(repository, profile if changes else None, response_cache, engine_cache)
+        other = profile if profile != repository.profile else None
+        _check_read_only(repository, other, response_cache, engine_cache)
         _check_engine_caches(repository)
         return
     engine_cache = engine_cache or configs.user_engine_cache()
@@ -141,4 +142,5 @@ def check_idle(repository: Repository) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"a server is running on {repository.folder}; stop it to change the profile") from None
+            running = f"a server is running on {repository.folder}"
+            raise ValueError(f"{running}; stop it to change its profile or its cache") from None

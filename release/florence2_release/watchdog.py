@@ -35,6 +35,7 @@ class Watchdog:
     def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
         self.server, self.say = server, say
         self._missing: set[Version] = set()
+        self._crashed = False
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -61,6 +62,13 @@ class Watchdog:
                 told = line
 
     def _look(self) -> None:
+        # It has had the time since the last look to end by itself.
+        crashed, self._crashed = self._crashed, self.server.has_crashed()
+        if crashed and self._crashed and self.server.is_alive():
+            self._crashed = False
+            self.say("the server has crashed, and did not end of it: it is ended")
+            self.server.kill()
+            return
         ready = processes.ready(self.server)
         missing = processes.incomplete(self.server, ready)
         lost, self._missing = missing & self._missing, missing

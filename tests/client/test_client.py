@@ -180,6 +180,12 @@ def test_a_misspelt_setting_is_named() -> None:
         client.detect(PICTURE, num_beam=2)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize("beams", [2**31, 2**32 + 3, -(2**31) - 1, "3", 3.5])
+def test_a_whole_number_is_sent_as_it_is_or_not_at_all(beams: Any) -> None:
+    with Florence2Client(NOWHERE, retries=0) as client, pytest.raises(ValueError, match=f"num_beams={beams!r}: "):
+        client.detect(PICTURE, num_beams=beams)
+
+
 def test_a_picture_that_is_not_there() -> None:
     with Florence2Client(NOWHERE) as client, pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         client.detect("nowhere.png")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from florence2.generation.device_memory import ALIGNMENT, Packed, available_bytes
+from florence2.generation.device_memory import ALIGNMENT, Device, Packed, available_bytes
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         1000 kB\nMemAvailable:    8000 kB\n"
 
@@ -33,7 +33,7 @@ def test_what_is_left_of_the_container_or_the_machine(tmp_path: Path, limit: str
 
 def test_what_is_packed_is_where_it_is_bound() -> None:
     arrays = {"ids": (np.int64, (3, 5)), "none": (np.int64, (0, 2)), "scores": (np.float32, (7,))}
-    packed = Packed(arrays, "cpu")
+    packed = Packed(arrays, Device("cpu"))
     for name, (dtype, shape) in arrays.items():
         part = packed.parts[name]
         assert (part.dtype, part.shape) == (dtype, shape)

@@ -46,7 +46,7 @@ TESTS = {
         demo.samples demo.stamps demo.tower demo.words""",
     "differential/test_evaluation_models": """evaluation.model_io evaluation.onnx_model evaluation.served_model
         evaluation.torch_model""",
-    "differential/test_generation": """export.graphs export.text_graphs florence2.generation.decoder_steps
+    "differential/test_generation": """export.graphs export.text_graphs
         florence2.generation.runner""",
     "differential/test_prompts": "florence2.tasks",
     "evaluation/test_report": "cli.eval evaluation.gallery",

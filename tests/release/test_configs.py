@@ -174,10 +174,14 @@ def test_a_profile_does_not_change_under_a_server_or_another_command(repository:
         startup.prepare(here)
         startup.prepare(here, "cpu")
         install(demo_export, repository)
-        with pytest.raises(ValueError, match=r"a server is running on .*; stop it to change the profile"):
+        running = r"a server is running on .*; stop it to change its profile or its cache"
+        with pytest.raises(ValueError, match=running):
             startup.prepare(here, "cuda")
-        with pytest.raises(ValueError, match=r"a server is running on .*; stop it to change the profile"):
+        with pytest.raises(ValueError, match=running):
             install(demo_export, repository, profile="cuda")
+        with pytest.raises(ValueError, match=running):
+            startup.prepare(here, response_cache=True)
+        assert not here.response_cache
     with here.locked(), pytest.raises(ValueError, match=r"another command is at work on .*; start again"):
         startup.prepare(Repository(repository), "cuda")
     assert here.profile == "cpu"

@@ -1,5 +1,6 @@
 """What a probe is told, and what the watchdog does, with a server that only says what a test says."""
 
+import http.client
 import os
 import socket
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from florence2_release import health as health_module
 from florence2_release import processes
 from florence2_release import watchdog as watchdog_module
-from florence2_release.health import Health, serve_health
+from florence2_release.health import Health, close_health, serve_health
+from florence2_release.log import crashed
 from florence2_release.server import ServerError
 from florence2_release.watchdog import Watchdog
 
@@ -30,7 +32,7 @@ class Server:
         monkeypatch.setattr(
             processes, "config", lambda server, model, version: {"ensemble_scheduling": {"step": STEPS}}
         )
-        self.names = ["florence2"]
+        self.names, self.crashed = ["florence2"], False
         for module in (health_module, watchdog_module):
             monkeypatch.setattr(module, "Repository", lambda folder: SimpleNamespace(names=lambda: self.names))
         monkeypatch.setattr(health_module, "FRESH", -1)
@@ -42,6 +44,9 @@ class Server:
 
     def is_alive(self) -> bool:
         return self.alive
+
+    def has_crashed(self) -> bool:
+        return self.crashed
 
     def kill(self) -> None:
         self.killed = True
@@ -70,6 +75,56 @@ def test_ready_is_everything_there(server: Server) -> None:
     assert health.trouble() == "the server does not answer: TimeoutError('timed out')"
     server.alive = False
     assert health.trouble() == "the server is being started"
+
+
+def test_a_server_that_has_crashed_and_does_not_end_is_ended(server: Server) -> None:
+    """Its endpoints say that all is well."""
+    health: Any = Health(server)  # type: ignore[arg-type]
+    said: list[str] = []
+    watchdog: Any = Watchdog(server, said.append)  # type: ignore[arg-type]
+    watchdog._look()
+    server.crashed = True
+    assert health.trouble() == "the server has crashed"
+    # It may end by itself yet.
+    watchdog._look()
+    assert not server.killed
+    watchdog._look()
+    assert server.killed
+    assert said == ["the server has crashed, and did not end of it: it is ended"]
+    server.alive, server.killed = False, False
+    watchdog._look()
+    watchdog._look()
+    assert not server.killed
+
+
+@pytest.mark.parametrize(
+    ("log", "has"),
+    [
+        ("I1 x\ncorrupted double-linked list\nSignal (6) received.\n 0# 0x1", True),
+        ("Signal (11) received.\n", True),
+        # As Ctrl-C and a stop are told.
+        ("Signal (2) received.\nSignal (15) received.\n", False),
+        ('W1 the prompt says "Signal (6) received."', False),
+        ("", False),
+    ],
+)
+def test_what_a_crash_leaves_in_the_log(log: str, has: bool) -> None:
+    assert crashed(log) is has
+
+
+def test_probes_ask_in_several_ways(server: Server) -> None:
+    endpoint = serve_health(Health(server), "127.0.0.1", 0)  # type: ignore[arg-type]
+    try:
+        for method, path, expected in (("HEAD", "/ready", 200), ("GET", "/ready?x=1", 200), ("GET", "/readyz", 404)):
+            connection = http.client.HTTPConnection("127.0.0.1", endpoint.server_port, timeout=10)
+            connection.request(method, path)
+            response = connection.getresponse()
+            assert response.status == expected
+            said = b"ready\n" if expected == 200 else b"there is /ready\n"
+            assert response.read() == (b"" if method == "HEAD" else said)
+            connection.close()
+    finally:
+        close_health(endpoint)
 
 
 def test_a_name_counts_once_it_was_ready(server: Server) -> None:

@@ -26,15 +26,18 @@ from florence2_release.install import install
 from florence2_release.server import TritonServer
 from florence2_release.tritonserver import ServerError, find_tritonserver
 from florence2_release.watchdog import Watchdog
+from google.protobuf import text_format
 from PIL import Image, ImageOps
 from serving import (
     ENDLESS,
     HANGS,
     PICTURES,
     PROMPTS,
+    Question,
     client,
     counts,
     figures,
+    figures_by_instance,
     prepare,
     serve,
     tensors,
@@ -42,6 +45,7 @@ from serving import (
     wait_until,
 )
 from tritonclient import grpc, http
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import InferenceServerException
 
 from florence2.backend.metric_names import COUNTERS, FAILED, GAUGES
@@ -598,6 +602,34 @@ def test_when_the_engine_fails_everyone_is_told_and_the_server_recovers(demo_exp
             assert answer_or_none(server) == expected
         finally:
             watchdog.stop()
+
+
+def twice(repository: Path) -> None:
+    """Two processes of a thread each."""
+    for model in ("vision_encoder", "beam_search"):
+        path = repository / model / "config.pbtxt"
+        config = text_format.Parse(path.read_text(), ModelConfig())
+        config.instance_group[0].count = 2
+        config.parameters["threads"].string_value = "1"
+        path.write_text(text_format.MessageToString(config))
+
+
+def test_instances_share_the_work(demo_export: Path, tmp_path: Path) -> None:
+    questions: list[Question] = [(picture, prompt, {}) for picture in PICTURES[:4] for prompt in PROMPTS[:5]]
+    with serve(demo_export, tmp_path, change=twice) as server, ThreadPoolExecutor(8) as pool, client(server) as asking:
+        expected = transformers_answers(server, questions)
+
+        def ask(number: int) -> None:
+            picture, prompt, settings = questions[number % len(questions)]
+            found = asking.run(prompt, picture, **settings).token_ids.tolist()
+            assert found == expected[number % len(questions)], (picture.name, prompt)
+
+        list(pool.map(ask, range(200)))
+        wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 0)
+        answered = figures_by_instance(server.metrics_url, "florence2_first_tokens_total")
+    assert sum(answered.values()) == 200
+    assert sorted(answered) == ["beam_search_0_0", "beam_search_0_1"]
+    assert all(90 <= own <= 110 for own in answered.values())
 
 
 def answer_or_none(server: TritonServer) -> list[int] | None:

@@ -136,7 +136,7 @@ def ask_all(server: TritonServer, requests: int, rounds: int, distinct: int) -> 
             sizes.append(memory(server))
     print(json.dumps({**counted, "megabytes after each round": [round(size) for size in sizes]}))
     assert counted.total() == requests * rounds
-    assert len(counted) == 5
+    assert {"answered", "refused", "out of time", "cancelled"} <= counted.keys()
     wait_until(lambda: figures(server.metrics_url)["florence2_rows_used"] == 0)
     return sizes
 

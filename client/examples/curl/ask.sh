@@ -13,13 +13,22 @@ prompt=${prompt//\\/\\\\}
 prompt=${prompt//\"/\\\"}
 response=$(mktemp)
 trap 'rm -f "$response"' EXIT
-# Through a pipe, as an argument may have 128 KiB at most; --data drops base64's newlines. --retry is of 503, too, and
-# what is refused says why.
-{
+# Through a pipe, as an argument may have 128 KiB at most; --data drops base64's newlines.
+body() {
   printf '{"prompt": "%s"%s, "image": "' "$prompt" "$settings"
   base64 < "$picture"
   printf '"}'
-} | curl --silent --show-error --fail-with-body --max-time 300 --retry 3 --retry-connrefused --output "$response" \
-  --data @- "${FLORENCE2_URL:-http://localhost:8000}/v2/models/florence2/generate" || { cat "$response" >&2; exit 1; }
-cat "$response"
-echo
+}
+# This endpoint answers every refusal with 400; which to try again, the text says.
+for pause in 1 2 4 0; do
+  if body | curl --silent --show-error --fail-with-body --max-time 300 --retry 3 --retry-connrefused --output "$response" \
+    --data @- "${FLORENCE2_URL:-http://localhost:8000}/v2/models/florence2/generate"; then
+    cat "$response"
+    echo
+    exit
+  fi
+  grep --quiet 'try again later' "$response" || break
+  sleep "$pause"
+done
+cat "$response" >&2
+exit 1
