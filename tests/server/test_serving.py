@@ -615,7 +615,8 @@ def twice(repository: Path) -> None:
 
 
 def test_instances_share_the_work(demo_export: Path, tmp_path: Path) -> None:
-    questions: list[Question] = [(picture, prompt, {}) for picture in PICTURES[:4] for prompt in PROMPTS[:5]]
+    asked = {"max_new_tokens": 15}
+    questions: list[Question] = [(picture, prompt, asked) for picture in PICTURES[:4] for prompt in PROMPTS[:5]]
     with serve(demo_export, tmp_path, change=twice) as server, ThreadPoolExecutor(8) as pool, client(server) as asking:
         expected = transformers_answers(server, questions)
 
