@@ -47,6 +47,8 @@ class Health:
             try:
                 return self._look_at_models()
             except Exception as error:
+                if isinstance(getattr(error, "reason", None), ConnectionRefusedError):
+                    return "the server is being started"
                 trouble = f"the server does not answer: {error!r}"
         return trouble
 

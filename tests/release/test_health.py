@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 from florence2_release import health as health_module
@@ -33,13 +34,14 @@ class Server:
             processes, "config", lambda server, model, version: {"ensemble_scheduling": {"step": STEPS}}
         )
         self.names, self.crashed = ["florence2"], False
+        self.error: Exception | None = None
         for module in (health_module, watchdog_module):
             monkeypatch.setattr(module, "Repository", lambda folder: SimpleNamespace(names=lambda: self.names))
         monkeypatch.setattr(health_module, "FRESH", -1)
 
     def found(self) -> set[tuple[str, int]]:
-        if not self.ready:
-            raise TimeoutError("timed out")
+        if self.error:
+            raise self.error
         return set(self.ready)
 
     def is_alive(self) -> bool:
@@ -71,8 +73,10 @@ def test_ready_is_everything_there(server: Server) -> None:
     server.ready |= {("vision_encoder", 1)}
     server.ready -= {("florence2", 2)}
     assert health.trouble() == "florence2 is not ready"
-    server.ready = set()
+    server.error = TimeoutError("timed out")
     assert health.trouble() == "the server does not answer: TimeoutError('timed out')"
+    server.error = URLError(ConnectionRefusedError(111, "Connection refused"))
+    assert health.trouble() == "the server is being started"
     server.alive = False
     assert health.trouble() == "the server is being started"
 
