@@ -142,5 +142,6 @@ def check_idle(repository: Repository) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            running = f"a server is running on {repository.folder}"
-            raise ValueError(f"{running}; stop it to change its profile or its cache") from None
+            raise ValueError(
+                f"a server is running on {repository.folder}; stop it to change its profile or its cache"
+            ) from None
