@@ -145,7 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.work / "demo"
     export(str(HERE.parent / "demo" / "checkpoint"), folder)
-    table = Table("requests", "tokens", "step ms", "of it searches ms", "one by one ms", "times", "moves")
+    table = Table("requests", "tokens", "step ms", "of it searches ms", "one by one ms", "times", "moves, padded")
     for requests in REQUESTS:
         for length in LENGTHS:
             engine = engine_of(folder, requests, length)

@@ -24,7 +24,9 @@ def once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], obje
     output = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / name
     with FileLock(f"{output}.lock"):
         if not output.is_dir():
-            make(output)
+            half = output.with_name(f"{name}.half")
+            make(half)
+            half.rename(output)
     return output
 
 

@@ -23,14 +23,15 @@ def request(
     *,
     respond: Callable[[Any], None] = lambda _: None,
     deadline: float = math.inf,
-    is_cancelled: Callable[[], bool] | None = None,
+    is_cancelled: Callable[[], bool] = lambda: False,
+    may_be_cancelled_late: bool = True,
 ) -> Request:
     """One that the `FakeRunner` answers with START and so many times TOKEN."""
     settings = GenerationSettings(
         decoder_start_token_id=START, eos_token_id=END, max_length=tokens + 1, positions=1024, num_beams=num_beams
     )
     features, prompt = np.zeros((IMAGE_TOKENS, 1), np.float32), np.zeros(encoder_length - IMAGE_TOKENS, np.int64)
-    return Request(features, prompt, settings, respond, deadline, is_cancelled)
+    return Request(features, prompt, settings, respond, deadline, is_cancelled, may_be_cancelled_late)
 
 
 class FakeRunner:

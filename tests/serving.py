@@ -151,7 +151,7 @@ def figures_by_instance(metrics_url: str, name: str) -> dict[str, float]:
 def _figures(metrics_url: str) -> Iterator[tuple[str, str, float]]:
     with urllib.request.urlopen(metrics_url, timeout=HANGS) as response:
         text = response.read().decode()
-    labels = r'\{instance="(beam_search_[\d_]+)",model="beam_search",version="1"\}'
+    labels = r'\{model="beam_search",model_instance="(beam_search_[\d_]+)",version="1"\}'
     for name, instance, value in re.findall(rf"^(florence2_\w+){labels} (\S+)$", text, re.MULTILINE):
         yield name, instance, float(value)
 

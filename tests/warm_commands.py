@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +32,8 @@ def warm_commands(folder: Path) -> Iterator[Path]:
     programs.mkdir()
     (programs / "florence2").write_text(_ASK.format(python=sys.executable, address=address))
     (programs / "florence2").chmod(0o755)
-    with subprocess.Popen([sys.executable, __file__, address], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, __file__, address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         try:
@@ -51,6 +53,8 @@ def _serve(address: str) -> None:
     listener.listen()
     # Who has ended leaves nothing.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # With whoever started it.
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     print("ready", flush=True)
     while True:
         asking, _ = listener.accept()

@@ -73,10 +73,11 @@ def run(args: argparse.Namespace) -> int:
     server = _server(args)
     watchdog = Watchdog(server, _say)
     repository, serving = Repository(server.repository), contextlib.ExitStack()
-    profile = args.profile
+    profile: str | None = args.profile
+    cache: bool | None = bool(args.response_cache)
 
     def prepare() -> None:
-        startup.prepare(repository, profile, bool(args.response_cache), args.engine_cache)
+        startup.prepare(repository, profile, cache, args.engine_cache)
 
     prepare()
     health = Health(server)
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         _say(_endpoints(server, endpoint.server_port))
         watchdog.start()
         # What is configured already is what a server is started again with.
-        profile = None
+        profile = cache = None
         keep_running(server, prepare, _say)
     except KeyboardInterrupt:
         health.is_draining = True

@@ -113,8 +113,9 @@ class TritonPythonModel:
             settings,
             respond=respond,
             deadline=arrival.deadline(request, self.timeout),
-            # Behind an ensemble, which hands ARRIVAL on, nothing is cancelled.
-            is_cancelled=None if ARRIVAL in tensors else responder.is_cancelled,
+            is_cancelled=responder.is_cancelled,
+            # An ensemble, which hands ARRIVAL on, passes a cancel on to steps that have not begun.
+            may_be_cancelled_late=ARRIVAL not in tensors,
         )
 
     def failed(self, error: Exception) -> None:
@@ -138,6 +139,9 @@ class TritonPythonModel:
         self.tell()
         if self.metrics.are_due() or self.engine.is_idle:
             self.report_figures()
+        if self.engine.is_idle:
+            # Of the answers that were still to be sent.
+            self.engine.errands.add(self.tell)
 
     def report_figures(self) -> None:
         """As they are now, and one after the other."""

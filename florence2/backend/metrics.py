@@ -10,12 +10,12 @@ import triton_python_backend_utils as pb_utils
 from florence2.backend.metric_names import FAILED
 from florence2.backend.tensors import REASONS, reason
 
-LABELS = {"model": "name", "version": "version", "instance": "instance_name"}
-"""By the name of the label, what Triton calls it."""
+LABELS = {"model": "name", "version": "version", "model_instance": "instance_name"}
+"""By the name of the label, what Triton calls it. `instance` is Prometheus' own."""
 
 
 class Metrics:
-    """Labelled with model, version and instance; florence2_failed_requests_total with the reason too."""
+    """Labelled with model, version and model_instance; florence2_failed_requests_total with the reason too."""
 
     EVERY = 0.25
     """Seconds between two reports: every figure goes to the server and back."""

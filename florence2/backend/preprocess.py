@@ -29,7 +29,7 @@ class TritonPythonModel:
         self.resizer = Resizer(read_json(folder / "preprocessor_config.json"))
         self.sizes = ModelSettings.read(folder).sizes
         self.prompts = PromptEncoder(read_tokenizer(folder / "tokenizer.json"), self.sizes)
-        self.budget = Budget(int(amount(given, "megapixels_at_once") * 1e6))
+        self.budget = Budget(int(min(amount(given, "megapixels_at_once"), 1e9) * 1e6))
         self.numbers, self.last_error = itertools.count(1), 0
         self.is_cached = given["response_cache"] == "true"
         self.occupancy = occupancy = Occupancy(PREPROCESS)

@@ -101,7 +101,7 @@ class Engine:
                     self._retire(request, TimeIsOver("the request's time is over; ask for less, or allow more time"))
         if now >= self._ask_next:
             self._ask_next = now + ASKED_EVERY
-            self._drop_cancelled(list(self.scheduler.running))
+            self._drop_cancelled([request for request in self.scheduler.running if request.may_be_cancelled_late])
 
     def _admit(self) -> list[Request]:
         with self._changed:
@@ -118,8 +118,7 @@ class Engine:
         for request in requests:
             reason: Exception | None
             try:
-                gone = request.is_cancelled is not None and request.is_cancelled()
-                reason = Cancelled("the request was cancelled") if gone else None
+                reason = Cancelled("the request was cancelled") if request.is_cancelled() else None
             except Exception as error:
                 reason = error
             if reason:

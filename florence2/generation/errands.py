@@ -51,4 +51,4 @@ class Errands:
             errand()
         except BaseException:
             # Without this thread nobody would be answered any more.
-            logger.exception("beside the engine's steps this failed: %s", errand)
+            logger.exception("an answer could not be delivered, or figures not be reported")

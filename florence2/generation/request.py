@@ -27,8 +27,10 @@ class Request:
     """Called once, by the engine's errands: the answer, or why there is none."""
     deadline: float = math.inf
     """On `time.monotonic`'s clock; past it the request is given up, waiting or running. As it was when submitted."""
-    is_cancelled: Callable[[], bool] | None = None
-    """Asked now and then, which goes to the server and back; None where that can't happen."""
+    is_cancelled: Callable[[], bool] = lambda: False
+    """Goes to the server and back."""
+    may_be_cancelled_late: bool = True
+    """Whether it is asked now and then while it runs, and not only when its turn comes."""
     submitted: float = field(init=False, default=0.0)
     """When the engine got it, on `time.perf_counter`'s clock."""
     admitted: float | None = field(init=False, default=None)

@@ -52,7 +52,7 @@ class GraphRunner:
         self._decoder = DecoderSteps(folder / "decoder.onnx", self._device, threads, cuda_graphs)
         self._relayout = session(folder / "relayout.onnx", self._device.kind, threads, device_id=device_id)
         self._encoding = self._encoder.io_binding()
-        self.features_type = TYPES[self._encoder.get_inputs()[0].type]
+        self.features_type = TYPES[next(i.type for i in self._encoder.get_inputs() if i.name == "image_features")]
         """What the encoder's graph takes; whoever asks in that type spares the engine's thread the conversion."""
         if "beam_rows" not in (found.name for found in self._decoder.session.get_inputs()):
             raise ValueError(f"{folder} holds graphs of an earlier version: export the checkpoint again and release it")

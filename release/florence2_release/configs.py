@@ -19,6 +19,7 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from florence2.files import write_whole
 from florence2_release.profiles import BEAM_SEARCH, COMMENTS, on_gpu
+from florence2_release.tritonserver import ServerError
 
 FILE_NAME = "config.pbtxt"
 CPU = "cpu"
@@ -231,3 +232,15 @@ def _with_comments(text: str, source: str) -> str:
         name = (found[2] if found[1] == "parameters" else found[1]) if found else None
         lines.append(comments.pop(name, "") + statement if name else statement)
     return "".join(lines)
+
+
+def check_backends(repository: Path) -> None:
+    """Of the wheel's server, which has the python backend alone."""
+    for path in sorted(repository.glob("*/config.pbtxt")):
+        config = parsed(path)
+        needed = config.backend or config.platform
+        if needed not in ("python", "ensemble"):
+            raise ServerError(
+                f"{path} is for Triton's backend {needed!r}, which nvidia-pytriton's server lacks: serve in NVIDIA's "
+                "image (docs/docker.md), or with --profile cuda-python or cpu"
+            )

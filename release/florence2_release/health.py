@@ -39,8 +39,6 @@ class Health:
     def _look(self) -> str:
         if not self._server.is_alive():
             return "the server is being started"
-        if self._server.has_crashed():
-            return "the server has crashed"
         trouble = ""
         # Twice: what was live at first may be retired when it is asked for, and what took its place is there.
         for _ in range(2):
@@ -53,6 +51,8 @@ class Health:
         return trouble
 
     def _look_at_models(self) -> str:
+        if self._server.has_crashed():
+            return "the server has crashed"
         ready = processes.ready(self._server)
         loaded = {model for model, _ in ready}
         self._names |= {name for name in Repository(self._server.repository).names() if name in loaded}

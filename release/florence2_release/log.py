@@ -37,9 +37,3 @@ def loading(log: str) -> str:
     if not wanted:
         return "starting the server"
     return f"{len(loaded)} of {len(wanted)} models loaded" + (f", waiting for {', '.join(waiting)}" if waiting else "")
-
-
-def crashed(log: str) -> bool:
-    """Whether tritonserver has caught a signal that it should die of. Its handler then prints where it was, for which
-    it needs memory: where the heap is what broke, it waits for itself for ever."""
-    return bool(re.search(r"^Signal \((4|6|7|8|11)\) received", log, re.MULTILINE))

@@ -60,7 +60,10 @@ def _instances(server: TritonServer, version: Version) -> int:
     except urllib.error.HTTPError:
         # It was retired a moment ago.
         return 0
-    return sum(group["count"] for group in loaded["instance_group"]) if loaded.get("backend") == "python" else 0
+    if loaded.get("backend") != "python":
+        return 0
+    # `count` is of each GPU that is named.
+    return sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in loaded["instance_group"])
 
 
 def _fetch(url: str, post: bool = False) -> bytes:

@@ -23,8 +23,9 @@ from types import TracebackType
 
 from florence2.backend.occupancy import SHM_PREFIX
 from florence2_release import reaper
-from florence2_release.configs import parsed
-from florence2_release.log import crashed, failure, loading
+from florence2_release.configs import check_backends
+from florence2_release.crashes import LAST_WORDS, Crash, has_crashed
+from florence2_release.log import failure, loading
 from florence2_release.ports import bind, ipv4
 from florence2_release.tritonserver import (
     Installation,
@@ -109,7 +110,7 @@ class TritonServer:
         self.installation = find_tritonserver()
         address = ipv4(self.host)
         if self.installation.wheel:
-            _check_backends(self.repository)
+            check_backends(self.repository)
             if self.max_http_size is not None:
                 raise ServerError("nvidia-pytriton's server has no bound of HTTP requests to set; leave it out there")
         with contextlib.ExitStack() as ports, contextlib.ExitStack() as on_failure:
@@ -219,8 +220,11 @@ class TritonServer:
         """Returns when every model is loaded; `progress` gets a line every two seconds. ServerError with the
         reason when the server exits, as it does when a model fails to load, or `timeout` seconds are over."""
         began = told = time.monotonic()
+        crash = Crash(self.has_crashed)
         while not self.is_ready():
             now = time.monotonic()
+            if crash.is_over():
+                self.kill()
             if not self.is_alive():
                 raise ServerError(f"the server stopped before it was ready: {failure(self.log_text())}")
             if now - began > timeout:
@@ -268,11 +272,12 @@ class TritonServer:
         if self._log_fd is None:
             return ""
         size = os.fstat(self._log_fd).st_size
-        return os.pread(self._log_fd, size, max(0, size - (last or size))).decode(errors="replace")
+        count = min(size, last or size)
+        return os.pread(self._log_fd, count, size - count).decode(errors="replace")
 
     def has_crashed(self) -> bool:
-        """As its log says; its endpoints may say otherwise, and its process may be there for ever."""
-        return crashed(self.log_text(last=2**16))
+        """And has not ended; its endpoints may say that all is well."""
+        return self.is_alive() and has_crashed(self.log_text(last=LAST_WORDS), self.pid)
 
     def log_tail(self, lines: int = 20) -> str:
         return "\n".join(self.log_text().splitlines()[-lines:])
@@ -285,15 +290,3 @@ def _check_repository(repository: Path) -> None:
         raise ServerError(
             f"no model in {repository}: install one with `florence2 release DIR --repository {repository}`"
         )
-
-
-def _check_backends(repository: Path) -> None:
-    """Of the wheel's server, which has the python backend alone."""
-    for path in sorted(repository.glob("*/config.pbtxt")):
-        config = parsed(path)
-        needed = config.backend or config.platform
-        if needed not in ("python", "ensemble"):
-            raise ServerError(
-                f"{path} is for Triton's backend {needed!r}, which nvidia-pytriton's server lacks: serve in NVIDIA's "
-                "image (docs/docker.md), or with --profile cuda-python or cpu"
-            )

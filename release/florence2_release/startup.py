@@ -16,16 +16,19 @@ from florence2_release.version_files import FILES, model_py
 
 
 def prepare(
-    repository: Repository, profile: str | None = None, response_cache: bool = False, engine_cache: Path | None = None
+    repository: Repository,
+    profile: str | None = None,
+    response_cache: bool | None = False,
+    engine_cache: Path | None = None,
 ) -> None:
-    """For the `profile` that is named; TensorRT's engines are kept in `engine_cache`, or in the user's cache folder.
-    Raises ValueError for a profile that is none, for what would have to be written and can't, or for engines that
-    others may replace."""
+    """For the `profile` that is named, with a `response_cache` or without, or as it is (None); TensorRT's engines are
+    kept in `engine_cache`, or in the user's cache folder. Raises ValueError for a profile that is none, for what would
+    have to be written and can't, or for engines that others may replace."""
     if profile:
         repository.check_profile(profile)
     if not repository.ensembles():
         return
-    changes = profile not in (None, repository.profile) or response_cache != repository.response_cache
+    changes = profile not in (None, repository.profile) or response_cache not in (None, repository.response_cache)
     engine_cache = engine_cache and engine_cache.absolute()
     if not os.access(repository.folder, os.W_OK):
         other = profile if profile != repository.profile else None
@@ -47,7 +50,7 @@ def prepare(
     _check_engine_caches(repository)
 
 
-def _write(repository: Repository, profile: str, response_cache: bool, engine_cache: Path | None) -> None:
+def _write(repository: Repository, profile: str, response_cache: bool | None, engine_cache: Path | None) -> None:
     for name in repository.ensembles():
         if name.endswith(NEXT):
             repository.remove_candidate(name.removesuffix(NEXT))
@@ -62,14 +65,14 @@ def _write(repository: Repository, profile: str, response_cache: bool, engine_ca
 
 
 def _check_read_only(
-    repository: Repository, profile: str | None, response_cache: bool, engine_cache: Path | None
+    repository: Repository, profile: str | None, response_cache: bool | None, engine_cache: Path | None
 ) -> None:
     """Raises ValueError if something would have to be written. `profile`: another than its own."""
     moved = engine_cache and _engine_caches(repository) - {engine_cache}
     asked = [
         *([f"--profile {profile}"] if profile else []),
         *(["--response-cache"] if response_cache and not repository.response_cache else []),
-        *(["a server without --response-cache"] if repository.response_cache and not response_cache else []),
+        *(["a server without --response-cache"] if repository.response_cache and response_cache is False else []),
         *([f"--engine-cache {engine_cache}"] if moved else []),
         *(["this release of florence2-triton"] if outdated(repository) else []),
     ]

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from florence2_release import processes
+from florence2_release.crashes import Crash
 from florence2_release.processes import Version
 from florence2_release.repository import Repository
 from florence2_release.server import ServerError, TritonServer
@@ -35,7 +36,7 @@ class Watchdog:
     def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
         self.server, self.say = server, say
         self._missing: set[Version] = set()
-        self._crashed = False
+        self._crash = Crash(server.has_crashed)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -62,10 +63,7 @@ class Watchdog:
                 told = line
 
     def _look(self) -> None:
-        # It has had the time since the last look to end by itself.
-        crashed, self._crashed = self._crashed, self.server.has_crashed()
-        if crashed and self._crashed and self.server.is_alive():
-            self._crashed = False
+        if self._crash.is_over():
             self.say("the server has crashed, and did not end of it: it is ended")
             self.server.kill()
             return

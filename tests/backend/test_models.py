@@ -726,12 +726,12 @@ def test_a_parameter_that_is_none_is_named(repository: Path, model: str, name: s
         load_model(repository, model, **{name: value})
 
 
-def test_only_who_can_be_cancelled_is_asked(repository: Path, prepared: list[Tensors]) -> None:
-    """An ensemble passes no cancel on; it hands on when the request came."""
-    model, responder = load_model(repository, "beam_search"), Responder()
-    assert model.accept(search_request(prepared[0]), responder).is_cancelled == responder.is_cancelled
+def test_who_can_be_cancelled_while_it_runs_is_asked_then(repository: Path, prepared: list[Tensors]) -> None:
+    """Not behind an ensemble, which hands on when the request came."""
+    model = load_model(repository, "beam_search")
     arrived = np.array([time.monotonic_ns(), 7])
-    assert model.accept(search_request({**prepared[0], "arrival": arrived}), responder).is_cancelled is None
+    assert model.accept(search_request(prepared[0]), Responder()).may_be_cancelled_late
+    assert not model.accept(search_request({**prepared[0], "arrival": arrived}), Responder()).may_be_cancelled_late
 
 
 class Responder:

@@ -292,6 +292,17 @@ def test_running_requests_are_asked_now_and_then_whether_they_are_cancelled(
     assert len(served.answers) == 1
 
 
+def test_who_cannot_be_cancelled_while_it_runs_is_asked_once(served: Served, clock: Clock) -> None:
+    times: list[float] = []
+    asking = {"is_cancelled": lambda: bool(times.append(clock.now)), "may_be_cancelled_late": False}
+    asked = served.ask(3, **asking)
+    for _ in range(3):
+        clock.now += 10
+        served.steps(1)
+    assert len(times) == 1
+    assert served.tokens(asked) == [START] + [TOKEN] * 3
+
+
 def test_who_is_late_and_cancelled_is_answered_once(served: Served, clock: Clock) -> None:
     asked = served.ask(5, deadline=clock.now + 1, is_cancelled=lambda: clock.now > 1000)
     served.steps(1)

@@ -174,12 +174,12 @@ def test_a_profile_does_not_change_under_a_server_or_another_command(repository:
         startup.prepare(here)
         startup.prepare(here, "cpu")
         install(demo_export, repository)
-        running = r"a server is running on .*; stop it to change its profile or its cache"
-        with pytest.raises(ValueError, match=running):
+        refused = r"a server is running on .*; stop it to change its profile or its cache"
+        with pytest.raises(ValueError, match=refused):
             startup.prepare(here, "cuda")
-        with pytest.raises(ValueError, match=running):
+        with pytest.raises(ValueError, match=refused):
             install(demo_export, repository, profile="cuda")
-        with pytest.raises(ValueError, match=running):
+        with pytest.raises(ValueError, match=refused):
             startup.prepare(here, response_cache=True)
         assert not here.response_cache
     with here.locked(), pytest.raises(ValueError, match=r"another command is at work on .*; start again"):

@@ -9,11 +9,10 @@ from typing import Any
 from urllib.error import URLError
 
 import pytest
+from florence2_release import crashes, processes
 from florence2_release import health as health_module
-from florence2_release import processes
 from florence2_release import watchdog as watchdog_module
 from florence2_release.health import Health, close_health, serve_health
-from florence2_release.log import crashed
 from florence2_release.server import ServerError
 from florence2_release.watchdog import Watchdog
 
@@ -81,8 +80,10 @@ def test_ready_is_everything_there(server: Server) -> None:
     assert health.trouble() == "the server is being started"
 
 
-def test_a_server_that_has_crashed_and_does_not_end_is_ended(server: Server) -> None:
+def test_a_server_that_has_crashed_and_does_not_end_is_ended(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its endpoints say that all is well."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(crashes, "time", SimpleNamespace(monotonic=lambda: clock.now))
     health: Any = Health(server)  # type: ignore[arg-type]
     said: list[str] = []
     watchdog: Any = Watchdog(server, said.append)  # type: ignore[arg-type]
@@ -90,30 +91,53 @@ def test_a_server_that_has_crashed_and_does_not_end_is_ended(server: Server) -> 
     server.crashed = True
     assert health.trouble() == "the server has crashed"
     # It may end by itself yet.
-    watchdog._look()
+    for _ in range(10):
+        watchdog._look()
+        clock.now += 0.99
     assert not server.killed
+    clock.now += 1
     watchdog._look()
     assert server.killed
     assert said == ["the server has crashed, and did not end of it: it is ended"]
-    server.alive, server.killed = False, False
-    watchdog._look()
+    # Another that is started in its place has its time, too.
+    server.killed = False
     watchdog._look()
     assert not server.killed
 
 
 @pytest.mark.parametrize(
-    ("log", "has"),
+    ("log", "blocked", "has"),
     [
-        ("I1 x\ncorrupted double-linked list\nSignal (6) received.\n 0# 0x1", True),
-        ("Signal (11) received.\n", True),
+        ("I1 x\ncorrupted double-linked list\nSignal (6) received.\n", 1 << 5, True),
+        ("Signal (11) received.\n 0# 0x1", 1 << 10, True),
         # As Ctrl-C and a stop are told.
-        ("Signal (2) received.\nSignal (15) received.\n", False),
-        ('W1 the prompt says "Signal (6) received."', False),
-        ("", False),
+        ("Signal (2) received.\nSignal (15) received.\n", 1 << 1 | 1 << 14, False),
+        # What a client sent.
+        ("a panic of: <OD>\nSignal (6) received.", 0, False),
+        ("Signal (6) received.", 1 << 10, False),
+        ('W1 the prompt says "Signal (6) received."', 1 << 5, False),
+        ("", 1 << 5, False),
     ],
 )
-def test_what_a_crash_leaves_in_the_log(log: str, has: bool) -> None:
-    assert crashed(log) is has
+def test_what_a_crash_looks_like(tmp_path: Path, log: str, blocked: int, has: bool) -> None:
+    for thread, mask in ((7, 0), (8, blocked)):
+        (tmp_path / "7" / "task" / str(thread)).mkdir(parents=True)
+        (tmp_path / "7" / "task" / str(thread) / "status").write_text(f"Name:\tx\nSigBlk:\t{mask:016x}\nSigIgn:\t0\n")
+    assert crashes.has_crashed(log, 7, tmp_path) is has
+    assert not crashes.has_crashed(log, 9, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("groups", "processes_of"),
+    [
+        ([{"count": 2}], 2),
+        ([{"count": 1, "gpus": [0, 1]}], 2),
+        ([{"count": 2, "gpus": [0]}, {"count": 1, "gpus": []}], 3),
+    ],
+)
+def test_every_gpu_has_its_instances(monkeypatch: pytest.MonkeyPatch, groups: list[Any], processes_of: int) -> None:
+    monkeypatch.setattr(processes, "config", lambda *_: {"backend": "python", "instance_group": groups})
+    assert processes._instances(None, ("beam_search", 1)) == processes_of  # type: ignore[arg-type]
 
 
 def test_probes_ask_in_several_ways(server: Server) -> None:

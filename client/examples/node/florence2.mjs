@@ -63,7 +63,7 @@ export class Florence2 {
         return await attempt(`${this.url}/${endpoint}`, { method: 'POST', body, headers, signal });
       } catch (error) {
         if (signal.aborted) throw new Refused(`no answer within ${this.timeout} ms`, null);
-        const again = error instanceof Refused && [503, null].includes(error.status);
+        const again = error instanceof Refused && ([503, null].includes(error.status) || error.message.includes('try again later'));
         if (!again || tries === this.retries) throw error;
       }
       // Twice as long every time, and not all clients at once.
