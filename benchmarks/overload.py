@@ -1,6 +1,6 @@
 """What the server does when more comes than it can answer: two and four times as much, and clients that go away.
 
-python benchmarks/overload.py --work /tmp/overload [--size base | --export DIR] [--max-waiting N] [--write]
+python benchmarks/overload.py --work /tmp/overload [--size base | --export DIR] [--max-waiting N] [--threads N] [--write]
 
 One server without a cache; no two pictures that are on their way are the same. First as many requests per second as it
 answers with 32 in flight; then Poisson arrivals at two and four times that rate, whatever comes back, and after each
@@ -231,10 +231,10 @@ def export_of(size: str, work: Path) -> Path:
     return export
 
 
-def set_max_waiting(repository: Path, count: int) -> None:
-    path = repository / "beam_search" / configs.FILE_NAME
+def set_parameter(repository: Path, model: str, name: str, value: int) -> None:
+    path = repository / model / configs.FILE_NAME
     config = configs.parsed(path)
-    config.parameters["max_waiting"].string_value = str(count)
+    config.parameters[name].string_value = str(value)
     configs.write(path, config, path.read_text())
 
 
@@ -269,6 +269,7 @@ def main() -> None:
     parser.add_argument(
         "--max-waiting", type=int, metavar="N", help="beam_search's parameter; 32 in flight have to fit, so 40 or more"
     )
+    parser.add_argument("--threads", type=int, metavar="N", help="of ONNX Runtime in each model; left out, every core")
     parser.add_argument("--seconds", type=float, default=600, help="of each overload (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="write overload/SIZE.md beside this script, too")
     arguments = parser.parse_args()
@@ -277,13 +278,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=arguments.work) as repository:
         install(export, Path(repository))
         if arguments.max_waiting:
-            set_max_waiting(Path(repository), arguments.max_waiting)
+            set_parameter(Path(repository), "beam_search", "max_waiting", arguments.max_waiting)
+        if arguments.threads:
+            for model in ("vision_encoder", "beam_search"):
+                set_parameter(Path(repository), model, "threads", arguments.threads)
         with TritonServer(repository) as server:
             server.wait_ready()
             found = measure(server, arguments.work, arguments.seconds)
     sizes = {"demo": "the demo checkpoint", "base": "random weights in the size of Florence-2-base"}
     served = f"the export {export.name}" if arguments.export else sizes[arguments.size]
-    waiting = f", max_waiting {arguments.max_waiting}" if arguments.max_waiting else ""
+    given = {"max_waiting": arguments.max_waiting, "threads": arguments.threads}
+    waiting = "".join(f", {name} {value}" for name, value in given.items() if value)
     text = f"# More than the server can answer\n\nServed: {served}{waiting}. {found}\n{environment('nvidia-pytriton')}"
     print(text)
     if arguments.write:
