@@ -1,6 +1,6 @@
 """What the server does when more comes than it can answer: two and four times as much, and clients that go away.
 
-python benchmarks/overload.py --work /tmp/overload [--size base | --export DIR] [--max-waiting N] [--threads N] [--write]
+python benchmarks/overload.py --work DIR [--size base | --export DIR] [--max-waiting N] [--threads N] [--write]
 
 One server without a cache; no two pictures that are on their way are the same. First as many requests per second as it
 answers with 32 in flight; then Poisson arrivals at two and four times that rate, whatever comes back, and after each
