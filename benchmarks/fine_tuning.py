@@ -1,6 +1,6 @@
 """Fine-tuning through `florence2 train` against a plain transformers Trainer that does the same correct work.
 
-python benchmarks/fine_tuning.py --work /tmp/fine_tuning
+python benchmarks/fine_tuning.py --work DIR
 
 Florence-2-base with random weights, the same LoRA, samples, batch size and fp32 on both sides, in turns. Correct means
 what the usual Trainer scripts for Florence-2 leave out: padding ignored in the labels, the attention mask passed,

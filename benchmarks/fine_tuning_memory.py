@@ -1,6 +1,6 @@
 """Memory that fine-tuning takes: LoRA on the text part, on both towers, and full; random weights in true size.
 
-python benchmarks/fine_tuning_memory.py --work /tmp/memory --size large
+python benchmarks/fine_tuning_memory.py --work DIR --size large
 
 One picture at a time, bf16 where there is a GPU, gradient checkpointing on. ms-swift states 6.6 GB for LoRA and 11 GB
 for full fine-tuning of large-ft, on a GPU.

@@ -1,6 +1,6 @@
 """What the machine allows, and how far the graphs are from it: Florence-2-base, fp32, random weights.
 
-python benchmarks/floor.py --work /tmp/in_flight
+python benchmarks/floor.py --work DIR
 
 Memory bandwidth and matrix speed are the best that torch or ONNX Runtime reach here on work that is nothing else.
 """

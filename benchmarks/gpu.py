@@ -1,6 +1,6 @@
 """One table per GPU: transformers eager and compiled, ours in process and through Triton, at the true sizes.
 
-python benchmarks/gpu.py --work /tmp/gpu [--device cuda|cpu] [--models large base] [--in-flight 1 8 32] [--rounds N]
+python benchmarks/gpu.py --work DIR [--device cuda|cpu] [--models large base] [--in-flight 1 8 32] [--rounds N]
 
 Random weights; fp16 on a GPU, fp32 on a CPU (--device cpu, to try the script without a GPU). Answers of 15 tokens, as
 captions are, and of 150, as detections of many objects are; 3 beams. From JPEG to token ids.

@@ -1,6 +1,6 @@
 """Many requests at once: through Triton in flight, against transformers and against whole batches.
 
-python benchmarks/in_flight.py --work /tmp/in_flight [--rounds N] [SECTION ...]
+python benchmarks/in_flight.py --work DIR [--rounds N] [SECTION ...]
 
 Florence-2-base with random weights, fp32, all cores. Sections: steps, pictures, mixed, tasks, scale; all of them by
 default. Each is measured in turns with what it is compared with, and written to in_flight/SECTION.md.

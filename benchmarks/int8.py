@@ -1,6 +1,6 @@
 """8 bits on a CPU: pictures per second against transformers in fp32 and bf16, and what each graph is quantized to.
 
-python benchmarks/int8.py --work /tmp/int8 [--rounds N] [SECTION ...]
+python benchmarks/int8.py --work DIR8 [--rounds N] [SECTION ...]
 
 Florence-2-base with random weights, all cores. Sections: graphs, pictures; both by default.
 """

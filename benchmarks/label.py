@@ -1,6 +1,6 @@
 """`florence2 label` in one process against the same job on a local Ray cluster, in turns, on one server.
 
-python benchmarks/label.py --work /tmp/labelling
+python benchmarks/label.py --work DIR
 
 Pictures cut out of the demo's, each new; the demo checkpoint. The lines must be the same every time.
 """

@@ -2,7 +2,7 @@
 
 On two cores that the server shares, tritonclient's work would be a good part of what is measured.
 
-python benchmarks/load_generator.py '{"port": 8000, "seconds": 10, "seed": 0, "rate": 50, "out": "/tmp/records.npz"}'
+python benchmarks/load_generator.py '{"port": 8000, "seconds": 10, "seed": 0, "rate": 50, "out": "records.npz"}'
 
 prints when it started, on time.monotonic's clock, and writes one record per request.
 """

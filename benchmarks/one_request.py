@@ -1,6 +1,6 @@
 """One warm request through Triton against transformers' `generate`, in turns, on the same random base-size weights.
 
-python benchmarks/one_request.py --work /tmp/one_request
+python benchmarks/one_request.py --work DIR
 
 Both get the same JPEG and prompt and give the parsed answer; both decode 100 tokens with 3 beams in fp32 on all cores.
 """

@@ -1,6 +1,6 @@
 """What half precision and 8 bits cost: scores of the demo checkpoint, answers that change, and drift block by block.
 
-python benchmarks/precision.py --work /tmp/precision [--pictures N]
+python benchmarks/precision.py --work DIR [--pictures N]
 """
 
 import argparse

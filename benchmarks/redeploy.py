@@ -1,6 +1,6 @@
 """Twenty releases in a row under load: failed requests, mixed answers, and what a switch costs.
 
-python benchmarks/redeploy.py --work /tmp/redeploy
+python benchmarks/redeploy.py --work DIR
 
 The demo checkpoint and one with other weights in every part take turns, as `florence2 release` brings them to a
 running server. 16 requests are in flight all the while, over gRPC and HTTP, from threads and coroutines elsewhere.

@@ -1,6 +1,6 @@
 """Memory of ten fine-tunes on one server: sharing what is the same, and as ten whole models.
 
-python benchmarks/side_by_side.py --work /tmp/side_by_side
+python benchmarks/side_by_side.py --work DIR
 
 Florence-2-base in true size with random weights. A fine-tune of the text half has its own beam_search; a whole model
 has its own of everything.

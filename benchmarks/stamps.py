@@ -1,6 +1,6 @@
 """The demo checkpoint learns stamps: what it gains, what it forgets with and without replay.
 
-python benchmarks/stamps.py --work /tmp/stamps
+python benchmarks/stamps.py --work DIR
 """
 
 import argparse

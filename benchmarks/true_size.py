@@ -1,6 +1,6 @@
 """Export of Florence-2-base and -large at their true sizes, with random weights: time, memory, parity.
 
-python benchmarks/true_size.py --work /tmp/true_size
+python benchmarks/true_size.py --work DIR
 """
 
 import argparse
