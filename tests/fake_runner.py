@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from florence2.generation.beam_search import Searches
+from florence2.generation.beam_search import Candidates, Searches
 from florence2.generation.caches import CacheSizes
-from florence2.generation.engine import Candidates
 from florence2.generation.request import Request
 from florence2.generation.settings import GenerationSettings
 

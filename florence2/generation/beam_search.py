@@ -19,6 +19,8 @@ from florence2.generation.token_rules import repeating, suppressed
 
 Ids = NDArray[np.int64]
 Scores = NDArray[np.float32]
+Candidates = tuple[Ids, Scores]
+"""Tokens that may come next and their log-probabilities, both [N, K, C], best first."""
 Flags = NDArray[np.bool_]
 R = TypeVar("R")
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from florence2.errors import Cancelled, TimeIsOver, Unavailable
 from florence2.faults import Faults, is_of_the_device
-from florence2.generation.beam_search import Generation, Searches, new_searches
+from florence2.generation.beam_search import Candidates, Generation, Searches, new_searches
 from florence2.generation.errands import Errands
 from florence2.generation.request import Request
 from florence2.generation.scheduler import Scheduler
@@ -21,8 +21,6 @@ from florence2.generation.scheduler import Scheduler
 ASKED_EVERY = 0.05
 """Seconds between two times that running requests are asked whether they were cancelled: each time goes to the server
 and back."""
-
-Candidates = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 class Runner(Protocol):

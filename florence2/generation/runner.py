@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from florence2.generation.beam_search import Searches
+from florence2.generation.beam_search import Candidates, Searches
 from florence2.generation.caches import CacheSizes, Rows, fitted
 from florence2.generation.decoder_steps import DecoderSteps
 from florence2.generation.device_memory import Cache, Device, available_bytes
@@ -22,7 +22,6 @@ from florence2.generation.seats import Seats
 from florence2.generation.sessions import Options, session
 
 Ids = NDArray[np.int64]
-Candidates = tuple[Ids, NDArray[np.float32]]
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 

@@ -24,10 +24,10 @@ import florence2.generation.engine as engine_module
 import florence2.generation.runner as runner_module
 from florence2.errors import Cancelled, TimeIsOver, Unavailable
 from florence2.generation import decoder_steps
-from florence2.generation.beam_search import Generation, Searches, new_searches
+from florence2.generation.beam_search import Candidates, Generation, Searches, new_searches
 from florence2.generation.caches import CacheSizes
 from florence2.generation.device_memory import Cache
-from florence2.generation.engine import Candidates, Engine, Runner
+from florence2.generation.engine import Engine, Runner
 from florence2.generation.request import Request
 from florence2.generation.runner import GraphRunner
 from florence2.generation.scheduler import Scheduler
